@@ -1,0 +1,44 @@
+"""Decisions, for whoever made the call, reviewers and admins."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from gateway.api.depends import AnyCaller, ServicesOf
+from gateway.delivery import task_json
+from gateway.errors import NotFound
+from gateway.recording import blocking_reasons
+from gateway.records import Role
+from validators import JSON
+
+router = APIRouter(prefix="/decisions", tags=["decisions"])
+
+
+@router.get("/{decision_id}", response_model=None)
+async def show(decision_id: str, services: ServicesOf, caller: AnyCaller) -> dict[str, JSON]:
+    """A decision and the state of its review. Reasons and evidence are for reviewers and admins; content is not here."""
+    decision = await services.store.decision(decision_id)
+    is_client = caller.role is Role.CLIENT
+    own = caller.key is not None and decision is not None and decision.key_id == caller.key.id
+    if decision is None or (is_client and not own):
+        raise NotFound(f"There is no decision {decision_id}.")
+    task = await services.store.task_of(decision_id)
+    reasons: JSON = blocking_reasons(decision)
+    shown: dict[str, JSON] = {
+        "id": decision.id,
+        "object": "decision",
+        "created_at": decision.created_at.isoformat(),
+        "endpoint": decision.endpoint,
+        "model": decision.model,
+        "task": decision.task_type,
+        "policy": decision.policy,
+        "action": decision.action.value,
+        "risk": decision.risk.value,
+        "confidence": decision.confidence,
+        "status": decision.status,
+        "latency_ms": decision.latency_ms,
+        "overhead_ms": decision.overhead_ms,
+        "reasons": reasons,
+        "review": task_json(task) if task else None,
+    }
+    return shown if is_client else {**shown, "detail": decision.detail}

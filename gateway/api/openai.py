@@ -1,0 +1,242 @@
+"""Everything under /v1: the OpenAI dialect, checked where a policy applies and passed through elsewhere.
+
+A raw ASGI application, because requests and responses are bytes that must not be touched without need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Coroutine
+
+from starlette.types import Receive, Scope, Send
+
+from gateway import sse, wire
+from gateway.api.asgi import Exchange
+from gateway.auth import Caller
+from gateway.calls import Call, Headers, Held, Patience, Reply, make_call, relayed
+from gateway.delivery import error_events
+from gateway.errors import Forbidden, GatewayError, InvalidRequest, NotFound
+from gateway.ports import UpstreamCall
+from gateway.recording import new_id
+from gateway.records import DecisionRecord, Role
+from gateway.services import Services
+from policies import Action, Match
+
+#: Paths that name one response: `/chat/completions/{id}`, `/responses/{id}/input_items`, ...
+_STORED = re.compile(r"/(?:chat/completions|responses)/([^/]+)(/[a-z_]+)?")
+
+
+class OpenAIEdge:
+    """The ASGI application under /v1."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; every error has the OpenAI shape."""
+        services = self._services
+        exchange = Exchange(
+            scope, receive, send, limit_bytes=services.settings.limits.request_bytes
+        )
+        exchange.id = new_id("hgd", services.clock.now())
+        try:
+            await self._route(exchange)
+        except GatewayError as error:
+            services.metrics.errors.labels(error.code).inc()
+            await exchange.respond(_error_reply(exchange, error))
+        except asyncio.CancelledError:
+            if not exchange.gone:
+                raise
+
+    async def _route(self, exchange: Exchange) -> None:
+        services = self._services
+        caller = await services.authenticator.caller(
+            exchange.values.get("authorization"),
+            origin=exchange.values.get("origin"),
+            host=exchange.values.get("host", ""),
+        )
+        caller.require(Role.CLIENT)
+        path = exchange.path
+        endpoint = wire.CHECKED_PATHS.get(path.lower())
+        if endpoint is not None and exchange.method == "POST":
+            await self._checked(exchange, caller, endpoint)
+        elif (stored := _STORED.fullmatch(path)) and (record := await self._decided(stored[1])):
+            await self._stored(
+                exchange, caller, record, is_ours=stored[1] == record.id, below=stored[2]
+            )
+        elif (
+            path == "/models"
+            and exchange.method == "GET"
+            and (listed := services.models.list_models())
+        ):
+            await exchange.respond(Reply(200, [("content-type", "application/json")], listed))
+        else:
+            await self._pass_through(exchange, caller)
+
+    # -------------------------------------------------------------------------------------------------- checked
+
+    async def _checked(self, exchange: Exchange, caller: Caller, endpoint: str) -> None:
+        services = self._services
+        call = make_call(
+            decision_id=exchange.id,
+            endpoint=endpoint,
+            body=await exchange.body(),
+            query=exchange.query,
+            headers=_forwarded(exchange.headers, caller),
+            caller=caller,
+            received_s=services.clock.monotonic_s(),
+        )
+        match = services.policies.current.select(call.facts)
+        if match is None:
+            await self._pass_through(
+                exchange, caller, body=call.body, model=call.facts.model, why="no_policy"
+            )
+            return
+        if endpoint == wire.RESPONSES and call.request.get("background") is True:
+            raise InvalidRequest(
+                "`background: true` is not supported under a policy: its result could not be checked. Leave it out.",
+                code="background_unsupported",
+                param="background",
+            )
+        opening = [("x-request-id", call.request_id), ("x-holdgate-policy", match.policy.label)]
+        is_streamed = call.streamed
+        answering = self._answer(call, match)
+        # A client may wait for hours from here on: what it sent must not stay in memory for that long.
+        del call, match
+        if is_streamed:
+            await self._streamed(exchange, endpoint, opening, answering)
+        else:
+            await exchange.respond(await answering)
+
+    async def _answer(self, call: Call, match: Match) -> Reply:
+        reply = await self._services.pipeline.answer(call, match)
+        del call, match
+        return await self._services.delivery.of(reply) if isinstance(reply, Held) else reply
+
+    async def _streamed(
+        self,
+        exchange: Exchange,
+        endpoint: str,
+        opening: Headers,
+        answering: Coroutine[None, None, Reply],
+    ) -> None:
+        """Send the reply as soon as there is one; if that takes long, open the stream and keep it alive with comments."""
+        working = asyncio.create_task(answering)
+        keepalive_s = self._services.settings.hold.keepalive_s
+        event_stream = ("content-type", "text/event-stream; charset=utf-8")
+        try:
+            while not (await asyncio.wait([working], timeout=keepalive_s))[0]:
+                if not exchange.started:
+                    await exchange.start(
+                        200, [event_stream, ("x-holdgate-decision", exchange.id), *opening]
+                    )
+                await exchange.send(sse.comment("checking"), more=True)
+        except asyncio.CancelledError:
+            working.cancel()
+            await asyncio.wait([working])
+            raise
+        if exchange.started:
+            await exchange.send_parts(_late(endpoint, working))
+        else:
+            await exchange.respond(working.result())
+
+    # ---------------------------------------------------------------------------------------- what is kept here
+
+    async def _decided(self, name: str) -> DecisionRecord | None:
+        """The decision that an id in a path names: ours, or the provider's id of a response we decided on."""
+        store = self._services.store
+        return await (
+            store.decision(name) if name.startswith("hgd_") else store.decision_by_upstream_id(name)
+        )
+
+    async def _stored(
+        self,
+        exchange: Exchange,
+        caller: Caller,
+        record: DecisionRecord,
+        *,
+        is_ours: bool,
+        below: str | None,
+    ) -> None:
+        """Answer for a response of ours; the provider's copy of one that was held or blocked is not to be had either."""
+        if not is_ours and record.action not in (Action.HOLD, Action.BLOCK):
+            await self._pass_through(exchange, caller)
+            return
+        if caller.role is Role.CLIENT and caller.key and record.key_id != caller.key.id:
+            raise NotFound(f"There is no response {record.id}.")
+        if exchange.method != "GET" or below:
+            raise InvalidRequest(
+                "Of this response only the response itself is kept, to be read.",
+                code="not_supported",
+            )
+        exchange.watch()
+        wait_s = Patience.of(exchange.values).wait_s or 0.0
+        await exchange.respond(await self._services.delivery.poll(record, wait_s=wait_s))
+
+    # ------------------------------------------------------------------------------------------------ unchecked
+
+    async def _pass_through(
+        self,
+        exchange: Exchange,
+        caller: Caller,
+        *,
+        body: bytes | None = None,
+        model: str | None = None,
+        why: str = "path",
+    ) -> None:
+        """Let a request and its response through untouched and unbuffered, and say that nothing was checked."""
+        services = self._services
+        if not services.settings.passthrough.allows(exchange.path):
+            raise Forbidden(
+                f"Policies cannot be enforced on {exchange.path}, and `passthrough` in holdgate.yaml refuses it.",
+                code="path_refused",
+            )
+        services.metrics.unchecked.labels(why).inc()
+        if body is None and not exchange.has_body:
+            body = b""
+            exchange.watch()
+        call = UpstreamCall(
+            exchange.method,
+            exchange.raw_path,
+            body=exchange.stream() if body is None else body,
+            headers=_forwarded(exchange.headers, caller),
+            query=exchange.query,
+            model=model,
+        )
+        async with await services.models.send(call) as response:
+            lengths = [(n, v) for n, v in response.headers if n.lower() == "content-length"]
+            ours = [("x-request-id", exchange.id), ("x-holdgate-action", "passthrough")]
+            headers = [*relayed(response.headers), *lengths, *ours]
+            await exchange.respond(Reply(response.status, headers, response.iter_chunks()))
+
+
+def _forwarded(headers: Headers, caller: Caller) -> Headers:
+    """The client's headers for the provider: a key of ours is no business of theirs."""
+    if caller.key is None:
+        return headers
+    return [(name, value) for name, value in headers if name != "authorization"]
+
+
+def _error_reply(exchange: Exchange, error: GatewayError) -> Reply:
+    headers = {"x-request-id": exchange.id, **error.headers, "content-type": "application/json"}
+    return Reply(error.status, list(headers.items()), error.body())
+
+
+async def _late(endpoint: str, working: asyncio.Future[Reply]) -> AsyncIterator[bytes]:
+    """The rest of a stream that was opened before there was a reply."""
+    try:
+        reply = working.result()
+    except GatewayError as error:
+        yield error_events(endpoint, error)
+        return
+    if not isinstance(reply.body, bytes):
+        async for part in reply.body:
+            yield part
+    elif 200 <= reply.status < 300:
+        yield reply.body
+    else:
+        message = (
+            f"The provider answered {reply.status}: {reply.body[:2000].decode(errors='replace')}"
+        )
+        yield error_events(endpoint, GatewayError(message, code="upstream_error"))

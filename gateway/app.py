@@ -1,0 +1,225 @@
+"""The composition root: settings in, a running application out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import TypedDict
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from gateway import __version__
+from gateway.api import admin, decisions, review
+from gateway.api.openai import OpenAIEdge
+from gateway.asking import Asker
+from gateway.auth import Authenticator
+from gateway.bus import open_bus
+from gateway.delivery import Delivery
+from gateway.errors import GatewayError, InvalidRequest, NotFound
+from gateway.pipeline import Pipeline
+from gateway.policy_files import PolicyFiles
+from gateway.ports import Clock
+from gateway.recording import Recorder
+from gateway.reviews import Reviews, WaitingRoom
+from gateway.services import Services
+from gateway.settings import Settings, load_settings
+from gateway.store import open_store
+from gateway.telemetry import Metrics, configure_logs
+from gateway.upstream.routing import Router
+
+_log = structlog.get_logger()
+
+
+class SystemClock:
+    """The machine's clocks."""
+
+    def now(self) -> datetime:
+        """The time, aware UTC."""
+        return datetime.now(UTC)
+
+    def monotonic_s(self) -> float:
+        """A count of seconds that never goes back."""
+        return time.perf_counter()
+
+
+class State(TypedDict):
+    """What a request finds in its scope."""
+
+    services: Services
+    edge: OpenAIEdge
+
+
+class Gateway:
+    """The ASGI application: paths under /v1 go straight to the OpenAI edge, everything else to FastAPI."""
+
+    def __init__(self, api: FastAPI) -> None:
+        self._api = api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or the lifespan."""
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            await scope["state"]["edge"](scope, receive, send)
+        else:
+            await self._api(scope, receive, send)
+
+
+@contextlib.asynccontextmanager
+async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
+    """Every service, started; stopped in the opposite order when the context ends, with nothing lost."""
+    metrics = Metrics()
+    policies = PolicyFiles(settings.policies, settings.calibrators)
+    async with contextlib.AsyncExitStack() as stack:
+        store = await open_store(settings.store.url)
+        stack.push_async_callback(store.close)
+        bus = await open_bus(settings.redis.url)
+        stack.push_async_callback(bus.close)
+        router = Router(settings)
+        stack.push_async_callback(router.close)
+        room = WaitingRoom(store, bus, clock, metrics)
+        pipeline = Pipeline(
+            store,
+            Asker(router, clock, response_bytes=settings.limits.response_bytes),
+            Recorder(store, bus, clock, metrics),
+            clock,
+            policies=policies,
+            audit_secret=_audit_secret(settings),
+            response_bytes=settings.limits.response_bytes,
+        )
+        stack.push_async_callback(pipeline.drain)
+        hold = settings.hold
+        services = Services(
+            settings=settings,
+            store=store,
+            bus=bus,
+            models=router,
+            clock=clock,
+            metrics=metrics,
+            policies=policies,
+            authenticator=Authenticator(
+                store, required=_asks_for_keys(settings), monotonic_s=clock.monotonic_s
+            ),
+            pipeline=pipeline,
+            delivery=Delivery(
+                store, room, keepalive_s=hold.keepalive_s, max_waiting=hold.max_waiting
+            ),
+            reviews=Reviews(store, bus, clock, room),
+            room=room,
+        )
+        for work in (room.run(), policies.watch()):
+            task = asyncio.create_task(work)
+            stack.push_async_callback(_stop, task)
+        stack.callback(room.close)
+        _on_stop_signal(room.close)
+        # Long-lived objects are never garbage: keeping them out of the collector's way halves the CPU of large bodies.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 50)
+        for problem in policies.current.warnings:
+            _log.warning("policy_warning", problem=str(problem))
+        yield services
+
+
+def _on_stop_signal(act: Callable[[], None]) -> None:
+    """Act as soon as the process is told to stop, before the server waits for the requests in flight to finish."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        stop = signal.getsignal(number)
+
+        def handle(number: int, frame: FrameType | None, stop: object = stop) -> None:
+            loop.call_soon_threadsafe(act)
+            if callable(stop):
+                stop(number, frame)
+
+        signal.signal(number, handle)
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def _asks_for_keys(settings: Settings) -> bool | None:
+    if settings.keys.required != "auto":
+        return settings.keys.required == "yes"
+    return None if settings.listen.host in ("127.0.0.1", "::1", "localhost") else True
+
+
+def _audit_secret(settings: Settings) -> bytes:
+    given = settings.secret(settings.audit_secret_env)
+    if given is None:
+        return secrets.token_bytes(32)
+    return given.encode()
+
+
+def create_app(settings: Settings, clock: Clock | None = None) -> Gateway:
+    """The ASGI application; its services are made when it starts and closed when it stops."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        async with running(settings, clock or SystemClock()) as services:
+            yield {"services": services, "edge": OpenAIEdge(services)}
+
+    api = FastAPI(
+        title="Holdgate", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    for router in (review.router, decisions.router, admin.router):
+        api.include_router(router)
+    api.add_exception_handler(GatewayError, _gateway_error)
+    api.add_exception_handler(RequestValidationError, _validation_error)
+    api.add_exception_handler(HTTPException, _http_error)
+    api.add_exception_handler(Exception, _unexpected)
+    return Gateway(api)
+
+
+def worker() -> Gateway:
+    """The application of one worker process; the supervisor says in the environment where the settings are."""
+    path = os.environ.get("HOLDGATE_CONFIG")
+    settings = load_settings(Path(path) if path else None, os.environ)
+    configure_logs(settings.log.level, settings.log.format)
+    return create_app(settings)
+
+
+def _error_response(error: GatewayError) -> Response:
+    return Response(error.body(), error.status, error.headers, "application/json")
+
+
+async def _gateway_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError)
+    return _error_response(error)
+
+
+async def _validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    problems = (f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors())
+    return _error_response(InvalidRequest("; ".join(problems)))
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return _error_response(NotFound("There is nothing at this path."))
+    answer = GatewayError(str(error.detail), code="http_error")
+    answer.status = error.status_code
+    return _error_response(answer)
+
+
+async def _unexpected(_: Request, error: Exception) -> Response:
+    _log.error("unexpected_error", exc_info=error)
+    return _error_response(GatewayError("Something went wrong in the gateway; its log says what."))

@@ -1,0 +1,207 @@
+"""A call to a checked endpoint, and what its client gets: a reply, or the news that the response is held."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from gateway import wire
+from gateway.auth import Caller
+from gateway.errors import InvalidRequest
+from policies import Facts
+from validators import JSON
+
+Headers = list[tuple[str, str]]
+
+#: How much sooner than the client's own read timeout a waiting client is answered.
+_MARGIN_S = 5.0
+
+#: Response headers that describe one hop or one encoding of the body, not the answer (RFC 9110, section 7.6.1).
+_NOT_RELAYED = frozenset(
+    [
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "content-length",
+        "date",
+        "server",
+        "x-request-id",
+        "alt-svc",
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long this caller waits: `Prefer` (RFC 7240, sections 4.1 and 4.3) and the SDK's own timeout, in seconds."""
+
+    wait_s: float | None = None
+    respond_async: bool = False
+    timeout_s: float | None = None
+
+    @classmethod
+    def of(cls, headers: Mapping[str, str]) -> Patience:
+        """What the request headers (names in lower case) say; a preference that cannot be read is ignored."""
+        wait_s = None
+        respond_async = False
+        for preference in headers.get("prefer", "").lower().split(","):
+            name, _, value = preference.partition(";")[0].strip().partition("=")
+            if name == "wait":
+                wait_s = _seconds(value.strip('" '))
+            respond_async = respond_async or name == "respond-async"
+        timeout = headers.get("x-stainless-read-timeout") or headers.get("x-stainless-timeout", "")
+        return cls(wait_s, respond_async, _seconds(timeout))
+
+    def of_hold_s(self, policy_wait_s: float, *, streamed: bool) -> float:
+        """How long to wait for a person before saying that the response is held.
+
+        On streams the client's read timeout does not count: keep-alive comments reset it.
+        """
+        if self.respond_async:
+            return 0.0
+        waits = [policy_wait_s]
+        if self.wait_s is not None:
+            waits.append(self.wait_s)
+        if self.timeout_s is not None and not streamed:
+            waits.append(max(self.timeout_s - min(_MARGIN_S, self.timeout_s / 4), 0.0))
+        return min(waits)
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 <= value < 1e6 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request to a checked endpoint, parsed once. `headers` are the client's, names in lower case."""
+
+    id: str
+    endpoint: str
+    body: bytes
+    request: dict[str, JSON]
+    query: str
+    headers: Headers
+    facts: Facts
+    caller: Caller
+    patience: Patience
+    digest: str
+    fingerprint: str
+    request_id: str
+    received_s: float
+    is_retry: bool
+    is_idempotent: bool
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the client asked for a stream: the body says so, whatever `Accept` says."""
+        return self.request.get("stream") is True
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the client asked for the usage chunk at the end of its stream."""
+        options = self.request.get("stream_options")
+        return isinstance(options, dict) and options.get("include_usage") is True
+
+
+def make_call(
+    *,
+    decision_id: str,
+    endpoint: str,
+    body: bytes,
+    query: str,
+    headers: Headers,
+    caller: Caller,
+    received_s: float,
+) -> Call:
+    """The call that a request body and headers make.
+
+    Raises
+    ------
+    InvalidRequest
+        If the body is not a JSON object, or `model` or `metadata` have the wrong type.
+    """
+    values = dict(headers)
+    try:
+        request = wire.parse_request(body)
+        facts = wire.facts(
+            endpoint,
+            request,
+            task=values.get("x-holdgate-task"),
+            key=caller.key.name if caller.key else None,
+        )
+    except wire.Unreadable as error:
+        raise InvalidRequest(str(error), code="invalid_body") from error
+    idempotency_key = values.get("idempotency-key")
+    identity = caller.key.id if caller.key else values.get("authorization", "")
+    digest = hashlib.sha256(body).hexdigest()
+    same = f"key:{idempotency_key}" if idempotency_key else f"body:{digest}"
+    fingerprint = hashlib.sha256(
+        "\0".join((identity, endpoint, same)).encode("utf-8", "surrogateescape")
+    ).hexdigest()
+    retries = values.get("x-stainless-retry-count", "0")
+    return Call(
+        id=decision_id,
+        endpoint=endpoint,
+        body=body,
+        request=request,
+        query=query,
+        headers=headers,
+        facts=facts,
+        caller=caller,
+        patience=Patience.of(values),
+        digest=digest,
+        fingerprint=fingerprint,
+        request_id=values.get("x-request-id", "")[:128] or decision_id,
+        received_s=received_s,
+        is_retry=retries.isdigit() and int(retries) > 0,
+        is_idempotent=idempotency_key is not None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer, or one whose body is still being made."""
+
+    status: int
+    headers: Headers
+    body: bytes | AsyncIterator[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The news that a response waits for a person, and how its client wants to hear the end of it.
+
+    Small on purpose: thousands of these wait at once, so bodies stay in the store.
+    """
+
+    decision_id: str
+    task_id: str
+    endpoint: str
+    streamed: bool
+    include_usage: bool
+    placeholder: bool
+    wait_s: float
+    due_at: datetime | None
+    headers: Headers
+
+
+def relayed(headers: Headers) -> Headers:
+    """The provider's response headers that a client may see, its request id under a name of its own."""
+    kept = [(name, value) for name, value in headers if name.lower() not in _NOT_RELAYED]
+    kept += [
+        ("x-holdgate-upstream-request-id", v)
+        for name, v in headers
+        if name.lower() == "x-request-id"
+    ]
+    return kept

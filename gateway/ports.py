@@ -1,0 +1,255 @@
+"""The seams: what the use cases need of the world. Each has two implementations, or a test needs it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol, Self
+
+from gateway.errors import UpstreamError
+from gateway.records import ApiKey, DecisionRecord, NewTask, Resolution, TaskRecord, TaskState
+from policies import Calibrator, PolicySet
+
+
+class LivePolicies(Protocol):
+    """The policies and calibrators now in force; a request keeps the policies it began with."""
+
+    @property
+    def current(self) -> PolicySet:
+        """The policies, in order."""
+
+    @property
+    def calibrators(self) -> Mapping[str, Calibrator]:
+        """The calibrators, by name."""
+
+
+class Clock(Protocol):
+    """The time: aware UTC for records, a monotonic counter for durations, and waiting."""
+
+    def now(self) -> datetime:
+        """The time, aware UTC."""
+
+    def monotonic_s(self) -> float:
+        """A count of seconds that never goes back."""
+
+
+class Store(Protocol):
+    """The truth. What a method says is written is durable when it returns; every method may raise `StoreError`."""
+
+    async def record(
+        self,
+        decision: DecisionRecord,
+        task: NewTask | None = None,
+        *,
+        erase_at: datetime | None = None,
+        redacted_request: bytes | None = None,
+        redacted_response: bytes | None = None,
+    ) -> None:
+        """Store a decision, its task, audit entry and outbox row in one transaction, by group commit.
+
+        At `erase_at` (None: never) request and response are replaced by their redacted copies, or erased if there are none.
+        """
+
+    async def decision(self, decision_id: str) -> DecisionRecord | None:
+        """The decision with that id."""
+
+    async def decision_by_upstream_id(self, upstream_id: str) -> DecisionRecord | None:
+        """The newest decision on the response that the provider gave that id."""
+
+    async def decision_by_fingerprint(
+        self, fingerprint: str, since: datetime
+    ) -> DecisionRecord | None:
+        """The newest decision on the same call made since then."""
+
+    async def task(self, task_id: str) -> TaskRecord | None:
+        """The task with that id."""
+
+    async def task_of(self, decision_id: str) -> TaskRecord | None:
+        """The task of a decision, if it has one."""
+
+    async def queue(self, now: datetime, limit: int) -> Sequence[TaskRecord]:
+        """Unresolved tasks, highest risk first, then by deadline, then oldest; lapsed claims show as open."""
+
+    async def claim(self, task_id: str, reviewer: str, now: datetime, lease_s: float) -> TaskRecord:
+        """Lease a task to a reviewer, or renew their lease.
+
+        Raises `NotFound`, or `Conflict` if another reviewer's claim is live or the task is terminal.
+        """
+
+    async def release(self, task_id: str, reviewer: str, now: datetime) -> TaskRecord:
+        """Give a claim back. Raises `NotFound`, or `Conflict` if the reviewer does not hold it."""
+
+    async def resolve(self, resolution: Resolution) -> TaskRecord:
+        """Resolve a task: state, review, label, audit entry and outbox row in one transaction.
+
+        Raises `NotFound`, or `Conflict` whose `extra["task"]` is the first one's result.
+        """
+
+    async def expire_due(self, now: datetime, limit: int) -> Sequence[TaskRecord]:
+        """Expire unresolved tasks past their deadline, each once however many replicas ask; return those expired."""
+
+    async def settled(self, task_ids: Sequence[str]) -> Mapping[str, TaskState]:
+        """Which of these tasks are terminal."""
+
+    async def erase_due(self, now: datetime, limit: int) -> int:
+        """Erase contents whose time has come; return how many decisions were touched."""
+
+    async def create_key(self, key: ApiKey) -> None:
+        """Store an API key. Raises `Conflict` if the name is taken."""
+
+    async def key_by_digest(self, digest: str) -> ApiKey | None:
+        """The unrevoked key with that SHA-256."""
+
+    async def keys(self) -> Sequence[ApiKey]:
+        """Every key, newest first."""
+
+    async def revoke_key(self, name: str, now: datetime) -> None:
+        """Revoke a key. Raises `NotFound`."""
+
+    async def ping(self) -> None:
+        """Return if the store can be written; raise `StoreError` if not."""
+
+    async def close(self) -> None:
+        """Finish what is under way and let go of everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something happened to a thing: `kind` such as `task.settled` or `task.opened`, and the thing's id."""
+
+    kind: str
+    id: str
+
+
+class Bus(Protocol):
+    """Wake-ups between parts and replicas. Nothing is lost that may not be: the store is the truth."""
+
+    async def publish(self, event: Event) -> None:
+        """Tell every subscriber of every replica, this one included, soon, or not at all. Never raises for a lost bus."""
+
+    def subscribe(self, handler: Callable[[Event], None]) -> Callable[[], None]:
+        """Call `handler` on the event loop for every event from now on; returns the way to stop it."""
+
+    async def close(self) -> None:
+        """Let go of connections."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at a provider: the model asked, its status or the error's `code`, and the time taken."""
+
+    model: str | None
+    status: int | None
+    error: str | None
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamCall:
+    """A call to a provider.
+
+    `path` is below the base URL and percent-encoded as the client wrote it (`/chat/completions`),
+    `query` the same without its question mark. `model` is what the body asks for; None where a call
+    has no model. `headers` are the client's; what may not go upstream is left out on the way.
+    `readable` asks for a body that is not compressed, because we read it. Every try is appended to
+    `attempts`, whether the call succeeds or raises.
+    """
+
+    method: str
+    path: str
+    body: bytes | AsyncIterator[bytes] = b""
+    headers: Sequence[tuple[str, str]] = ()
+    query: str = ""
+    model: str | None = None
+    readable: bool = False
+    attempts: list[Attempt] = field(default_factory=list)
+
+
+class UpstreamResponse:
+    """What a provider answered: status and headers are here, the body is still on its way.
+
+    Read it once, by `read` or by `iter_chunks`; both may raise `UpstreamError`. Closing it before its
+    end, which leaving the context or being cancelled does, ends the connection: the provider stops.
+    """
+
+    __slots__ = ("_chunks", "_close", "headers", "status")
+
+    def __init__(
+        self,
+        status: int,
+        headers: list[tuple[str, str]],
+        chunks: AsyncIterator[bytes],
+        close: Callable[[], Awaitable[None] | None] = lambda: None,
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self._chunks = chunks
+        self._close = close
+
+    def header(self, name: str) -> str | None:
+        """The first header of that name, whatever its case."""
+        name = name.lower()
+        return next((value for key, value in self.headers if key.lower() == name), None)
+
+    async def iter_chunks(self) -> AsyncIterator[bytes]:
+        """The body piece by piece, as it arrives."""
+        try:
+            async for chunk in self._chunks:
+                yield chunk
+        finally:
+            await self.close()
+
+    async def read(self, limit_bytes: int) -> bytes:
+        """The whole body. Raises `UpstreamError` if it is longer than `limit_bytes`."""
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async for chunk in self._chunks:
+                size += len(chunk)
+                if size > limit_bytes:
+                    raise UpstreamError(
+                        f"The provider's response is longer than {limit_bytes} bytes "
+                        "(limits.response_bytes).",
+                        code="upstream_response_too_large",
+                    )
+                parts.append(chunk)
+        finally:
+            await self.close()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def close(self) -> None:
+        """Let go of the connection: kept for the next call if the body is at its end, else closed."""
+        if (closing := self._close()) is not None:
+            await closing
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+
+class Upstream(Protocol):
+    """The way to the providers."""
+
+    async def send(self, call: UpstreamCall) -> UpstreamResponse:
+        """Return as soon as the provider's status and headers are known, whatever the status.
+
+        Raises `NotFound` for a model nobody serves, `UpstreamError` if the provider cannot be
+        reached, `UpstreamTimeout` if it does not answer in time. Cancelling the caller ends the
+        connection.
+        """
+
+
+class Models(Upstream, Protocol):
+    """The providers by model: `send` goes to the one that serves the call's model."""
+
+    def top_logprobs(self, model: str) -> int | None:
+        """How many alternatives per token may be asked of the model; None if it gives no logprobs."""
+
+    def refuses_logprobs(self, model: str, status: int, body: bytes) -> bool:
+        """Whether an answer refuses logprobs; if so the model is not asked for them for a while."""
+
+    def list_models(self) -> bytes | None:
+        """The models in the shape of GET /v1/models; None if the provider is to be asked."""

@@ -1,0 +1,274 @@
+"""Making a decision durable: the record, its review task, and how much of the content is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+import orjson
+
+from gateway import wire
+from gateway.asking import Answer
+from gateway.calls import Call, relayed
+from gateway.ports import Bus, Clock, Event, Store
+from gateway.records import DecisionRecord, NewTask, TaskKind
+from gateway.reviews import OPENED
+from gateway.telemetry import Metrics
+from policies import (
+    Action,
+    Decision,
+    Evidence,
+    Match,
+    Reason,
+    RiskAssessment,
+    RiskTier,
+    Zone,
+    to_json,
+)
+from validators import JSON, Choice, Exchange, Passage, Pii, Secrets
+
+#: How long content is kept for a review task of a policy that keeps none, beyond the hold's deadline.
+_REVIEW_TIME = timedelta(hours=24)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The decision on one answer, and the evidence for it."""
+
+    decision: Decision
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Everything that is to be recorded of one call.
+
+    `answer` is None if the provider gave none. `body` is the response as one non-streamed body, as its client may see it.
+    """
+
+    call: Call
+    match: Match
+    judgement: Judgement
+    answer: Answer | None
+    body: bytes | None
+    note: str | None = None
+
+
+class Recorder:
+    """Writes outcomes to the store; counts and announces them once they are durable."""
+
+    def __init__(self, store: Store, bus: Bus, clock: Clock, metrics: Metrics) -> None:
+        self._store = store
+        self._bus = bus
+        self._clock = clock
+        self._metrics = metrics
+
+    async def record(self, outcome: Outcome) -> tuple[DecisionRecord, NewTask | None]:
+        """Store the outcome; durable on return. Raises `StoreError` if it is not, and then nothing was stored."""
+        now = self._clock.now()
+        began_s = self._clock.monotonic_s()
+        upstream_ms = outcome.answer.upstream_ms if outcome.answer else 0.0
+        latency_ms = 1000 * (began_s - outcome.call.received_s)
+        overhead_ms = latency_ms - upstream_ms
+        task = _task(outcome, now)
+        record = _decision(outcome, now, latency_ms, overhead_ms)
+        erase_at: datetime | None = None
+        redacted: tuple[bytes | None, bytes | None] = (None, None)
+        if outcome.match.policy.content != "full":
+            if outcome.match.policy.content == "redacted":
+                redacted = masked(record.request), masked(record.response)
+            if task is None:
+                record = replace(record, request=redacted[0], response=redacted[1])
+            else:
+                erase_at = (task.due_at or now) + _REVIEW_TIME
+        await self._store.record(
+            record,
+            task,
+            erase_at=erase_at,
+            redacted_request=redacted[0],
+            redacted_response=redacted[1],
+        )
+        self._count(outcome, overhead_ms, upstream_ms, self._clock.monotonic_s() - began_s)
+        if task is not None:
+            await self._bus.publish(Event(OPENED, task.id))
+        return record, task
+
+    def _count(
+        self, outcome: Outcome, overhead_ms: float, upstream_ms: float, record_s: float
+    ) -> None:
+        metrics, decision, policy = (
+            self._metrics,
+            outcome.judgement.decision,
+            outcome.match.policy.policy,
+        )
+        metrics.decisions.labels(
+            policy,
+            outcome.call.endpoint,
+            decision.action.value,
+            decision.intended.value,
+            decision.risk.value,
+        ).inc()
+        rules_ms = 0.0
+        for result in outcome.judgement.evidence.results.values():
+            metrics.checks.labels(policy, result.check, result.outcome.value).inc()
+            rules_ms += result.latency_ms
+        metrics.overhead_seconds.observe(max(overhead_ms, 0) / 1000)
+        for layer, seconds in (
+            ("upstream", upstream_ms / 1000),
+            ("rules", rules_ms / 1000),
+            ("record", record_s),
+        ):
+            metrics.layer_seconds.labels(layer).observe(seconds)
+
+
+def _decision(
+    outcome: Outcome, now: datetime, latency_ms: float, overhead_ms: float
+) -> DecisionRecord:
+    call, decision, answer = outcome.call, outcome.judgement.decision, outcome.answer
+    detail = to_json(decision, outcome.judgement.evidence)
+    detail["match"] = outcome.match.reason
+    if outcome.note:
+        detail["note"] = outcome.note
+    if answer is not None:
+        detail["attempts"] = [
+            {"model": a.model, "status": a.status, "error": a.error, "ms": a.ms}
+            for a in answer.attempts
+        ]
+        detail["upstream_ms"] = answer.upstream_ms
+    reading = answer.reading if answer else None
+    body = outcome.body
+    return DecisionRecord(
+        id=call.id,
+        created_at=now,
+        endpoint=call.endpoint,
+        model=(reading.model if reading else "") or call.facts.model,
+        task_type=call.facts.task,
+        policy=outcome.match.policy.label,
+        action=decision.action,
+        risk=decision.risk,
+        confidence=decision.confidence,
+        fingerprint=call.fingerprint,
+        key_id=call.caller.key.id if call.caller.key else None,
+        request_id=call.request_id,
+        status=answer.status if answer else 0,
+        upstream_id=reading.upstream_id if reading else None,
+        streamed=call.streamed,
+        latency_ms=latency_ms,
+        overhead_ms=overhead_ms,
+        detail=detail,
+        request_digest=call.digest,
+        response_digest=hashlib.sha256(body).hexdigest() if body is not None else "",
+        request=call.body,
+        response=body if decision.action is Action.HOLD else _without_logprobs(answer, body),
+        response_headers=dict(relayed(answer.headers))
+        if answer and decision.action is Action.HOLD
+        else {},
+    )
+
+
+def _task(outcome: Outcome, now: datetime) -> NewTask | None:
+    decision, hold = outcome.judgement.decision, outcome.match.policy.hold
+    if outcome.answer is None or not outcome.answer.is_usable:
+        return None
+    if decision.action is Action.HOLD:
+        due_at = now + timedelta(seconds=hold.deadline)
+        can_release = hold.on_deadline == "release" and decision.risk is not RiskTier.CRITICAL
+        on_deadline = "release" if can_release else "reject"
+        return NewTask(new_id("hgt", now), TaskKind.HOLD, 1.0, due_at, on_deadline)
+    if decision.action is Action.FLAG:
+        return NewTask(new_id("hgt", now), TaskKind.FLAG, decision.inclusion, None)
+    if decision.audit:
+        return NewTask(new_id("hgt", now), TaskKind.AUDIT, decision.inclusion, None)
+    return None
+
+
+def _without_logprobs(answer: Answer | None, body: bytes | None) -> bytes | None:
+    """The body to keep where nobody waits for it: the signals are in the record, so the logprobs need not be."""
+    if answer is None or answer.reading is None or body is not answer.body:
+        return body
+    return wire.without_logprobs(body, answer.reading)
+
+
+def unchecked(action: Action, risk: RiskAssessment, reason: Reason) -> Decision:
+    """The decision on a call that gave no response to check."""
+    return Decision(
+        action=action,
+        intended=action,
+        zone=Zone.AUTO if action is Action.RETURN else Zone.ESCALATE,
+        risk=risk.tier,
+        band=None,
+        score=None,
+        confidence=None,
+        confidence_source="none",
+        calibrator=None,
+        audit=False,
+        inclusion=0.0,
+        regenerate=False,
+        redactions=(),
+        reasons=(*risk.reasons, reason),
+    )
+
+
+def blocking_reasons(record: DecisionRecord) -> list[JSON]:
+    """The reasons of a recorded block that its client may see: which check, and what it found."""
+    decision = record.detail.get("decision")
+    reasons = decision.get("reasons") if isinstance(decision, dict) else None
+    return [
+        f"{reason['source']}: {reason['message']}"
+        for reason in (reasons if isinstance(reasons, list) else ())
+        if isinstance(reason, dict) and reason.get("action") == Action.BLOCK
+    ]
+
+
+def new_id(prefix: str, now: datetime) -> str:
+    """A fresh id: a prefix, 48 bits of milliseconds, 80 random bits (as UUIDv7, RFC 9562 section 5.7: later ids sort later)."""
+    return f"{prefix}_{int(now.timestamp() * 1000):012x}{secrets.token_hex(10)}"
+
+
+#: Checks report a bounded number of findings, so a body is masked in rounds.
+_MASK_ROUNDS = 20
+_SECRETS = Secrets(id="secrets", use="secrets")
+_PII = Pii(id="pii", use="pii")
+
+
+def masked(body: bytes | None) -> bytes | None:
+    """A JSON body with every secret and personal datum in its strings masked.
+
+    None stays None, and becomes of a body that is not JSON or has more to mask than can be told.
+    """
+    try:
+        document = [orjson.loads(body)] if body is not None else None
+    except orjson.JSONDecodeError:
+        document = None
+    places = list(_strings(document))
+    for _ in range(_MASK_ROUNDS):
+        passages = tuple(
+            Passage(str(number), holder[key]) for number, (holder, key) in enumerate(places)
+        )
+        exchange = Exchange("chat", {}, (Choice("", texts=passages),))
+        findings = [f for check in (_SECRETS, _PII) for f in check.run(exchange).findings]
+        if not findings:
+            return orjson.dumps(document[0]) if document else None
+        for number, text in wire.masked_texts(passages, findings).items():
+            holder, key = places[int(number)]
+            holder[key] = text
+    return None
+
+
+def _strings(value: Any) -> Iterator[tuple[Any, str | int]]:
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    for key, item in inner:
+        if isinstance(item, str):
+            yield value, key
+        else:
+            yield from _strings(item)

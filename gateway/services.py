@@ -1,0 +1,31 @@
+"""What every part of the HTTP surface is given: the use cases, and the ports beneath them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gateway.auth import Authenticator
+from gateway.delivery import Delivery
+from gateway.pipeline import Pipeline
+from gateway.ports import Bus, Clock, LivePolicies, Models, Store
+from gateway.reviews import Reviews, WaitingRoom
+from gateway.settings import Settings
+from gateway.telemetry import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything a request handler may use."""
+
+    settings: Settings
+    store: Store
+    bus: Bus
+    models: Models
+    clock: Clock
+    metrics: Metrics
+    policies: LivePolicies
+    authenticator: Authenticator
+    pipeline: Pipeline
+    delivery: Delivery
+    reviews: Reviews
+    room: WaitingRoom

@@ -1,0 +1,81 @@
+"""Running the application: one process or several, on one socket, stopped without losing anything."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from gateway.settings import Settings
+
+_KEEP_ALIVE_S = 75
+
+
+def serve(settings: Settings, config_path: Path | None) -> None:
+    """Serve until told to stop; prints one line to standard output when requests are answered."""
+    sock = _listen(settings)
+    if config_path is not None:
+        os.environ["HOLDGATE_CONFIG"] = str(config_path.resolve())
+    config = uvicorn.Config(
+        "gateway.app:worker",
+        factory=True,
+        http="httptools",
+        loop="uvloop",
+        ws="none",
+        workers=settings.workers,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(settings.shutdown_grace_s),
+        backlog=4096,
+    )
+    host, port = sock.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    threading.Thread(target=_announce, args=(url,), daemon=True).start()
+    if settings.workers == 1:
+        server = uvicorn.Server(config)
+        server.run(sockets=[sock])
+        if not server.started:
+            sys.exit(1)
+        return
+    with tempfile.TemporaryDirectory(prefix="holdgate-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        Multiprocess(config, sockets=[sock]).run()
+
+
+def _listen(settings: Settings) -> socket.socket:
+    host = settings.listen.host
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, settings.listen.port))
+    except OSError as error:
+        sys.exit(
+            f"Cannot listen on {host}:{settings.listen.port}: {error.strerror}. Choose another listen.port."
+        )
+    sock.listen(4096)
+    sock.set_inheritable(True)
+    return sock
+
+
+def _announce(url: str) -> None:
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/healthz", timeout=30):
+                break
+        except urllib.error.HTTPError:
+            break
+        except OSError:
+            time.sleep(0.05)
+    sys.stdout.write(f"holdgate ready on {url}\n")
+    sys.stdout.flush()

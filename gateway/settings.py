@@ -1,0 +1,331 @@
+"""What `holdgate.yaml` and the environment may say, read once and frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias, cast
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+)
+from yarl import URL
+
+from gateway.errors import SettingsError
+from policies.source import Source
+from validators import JSON
+
+Loc: TypeAlias = tuple[str | int, ...]
+
+#: The folder `config/` of the project: inside the package when installed, beside it in a checkout.
+PACKAGED_CONFIG = next(
+    folder / "config"
+    for folder in (Path(__file__).parent, Path(__file__).parent.parent)
+    if (folder / "config").is_dir()
+)
+
+
+def _provider_url(value: str) -> str:
+    url = URL(value)
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError("write a whole address, such as https://api.openai.com/v1")
+    if url.user or url.password or url.query_string or url.fragment:
+        raise ValueError(
+            "no user, password, query or fragment may be in it; keys go into api_key_env"
+        )
+    return value.rstrip("/")
+
+
+def _store_url(value: str) -> str:
+    if not value.startswith(("sqlite:///", "postgresql://")):
+        raise ValueError("write sqlite:///<file> or postgresql://<user>@<host>/<database>")
+    return value
+
+
+def _redis_url(value: str) -> str:
+    if not value.startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("write redis://<host>:<port>/<database>, or rediss:// for TLS")
+    return value
+
+
+def _words(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return tuple(word.strip() for word in value.split(",") if word.strip())
+
+
+ProviderUrl = Annotated[str, AfterValidator(_provider_url)]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+
+
+class Section(BaseModel):
+    """A mapping in the file: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Listen(Section):
+    """Where clients, reviewers and operators connect."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+
+
+class StoreSettings(Section):
+    """Where the truth is kept."""
+
+    url: Annotated[str, AfterValidator(_store_url)] = "sqlite:///holdgate.db"
+
+
+class RedisSettings(Section):
+    """What carries wake-ups between replicas; null within one process."""
+
+    url: Annotated[str, AfterValidator(_redis_url)] | None = None
+
+
+class Timeouts(Section):
+    """Seconds to wait for a provider: to connect, between two bytes, and for the whole answer."""
+
+    connect: Seconds = 5.0
+    read: Seconds = 600.0
+    total: Seconds = 3600.0
+
+
+class ModelEntry(Section):
+    """The provider of the models whose names match a glob; the first entry that matches is the one.
+
+    `provider: openai` is any server of the OpenAI dialect; every other name is one of litellm's.
+    """
+
+    match: Annotated[str, Field(min_length=1, max_length=200)]
+    base_url: ProviderUrl | None = None
+    api_key_env: VariableName | None = None
+    provider: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] = "openai"
+    rename: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    timeout_s: Timeouts = Timeouts()
+    retries: Annotated[int, Field(ge=0, le=5)] = 0
+    fallbacks: tuple[str, ...] = ()
+    logprobs: Literal["auto", "yes", "no"] = "auto"
+    max_top_logprobs: Annotated[int, Field(ge=0, le=20)] = 5
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `match` is the name of one model."""
+        return not set(self.match) & set("*?[")
+
+
+class Passthrough(Section):
+    """What happens to paths under /v1 that no policy covers; `exceptions` are globs."""
+
+    default: Literal["allow", "refuse"] = "allow"
+    exceptions: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
+
+    def allows(self, path: str) -> bool:
+        """Say whether a path below /v1, such as `/files/abc`, may pass."""
+        is_exception = any(fnmatchcase(path, pattern) for pattern in self.exceptions)
+        return (self.default == "allow") is not is_exception
+
+
+class Limits(Section):
+    """Sizes beyond which a message is refused."""
+
+    request_bytes: ByteSize = ByteSize(50_000_000)
+    response_bytes: ByteSize = ByteSize(20_000_000)
+    header_bytes: ByteSize = ByteSize(64_000)
+    json_depth: Annotated[int, Field(ge=1, le=500)] = 100
+
+
+class Keys(Section):
+    """Whether clients need an API key; `auto`: not on loopback while the store has none."""
+
+    required: Literal["auto", "yes", "no"] = "auto"
+
+
+class Log(Section):
+    """What is logged on standard error, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] = "console"
+
+
+class HoldSettings(Section):
+    """Clients that wait for a held response: how often they hear from us, and how many may wait."""
+
+    keepalive_s: Seconds = 10.0
+    max_waiting: Annotated[int, Field(ge=0)] = 5000
+
+
+class Settings(Section):
+    """Every setting of one gateway, made once by `load_settings`."""
+
+    listen: Listen = Listen()
+    store: StoreSettings = StoreSettings()
+    redis: RedisSettings = RedisSettings()
+    policies: Path = PACKAGED_CONFIG / "policies"
+    calibrators: Path = Path("calibrators")
+    models: tuple[ModelEntry, ...] = (ModelEntry(match="*"),)
+    passthrough: Passthrough = Passthrough()
+    limits: Limits = Limits()
+    keys: Keys = Keys()
+    audit_secret_env: VariableName | None = None
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    log: Log = Log()
+    hold: HoldSettings = HoldSettings()
+    shutdown_grace_s: Seconds = 30.0
+
+    _secrets: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def secret(self, variable: str | None) -> str | None:
+        """Return what a variable named by a setting held at the start; None for None."""
+        return self._secrets[variable] if variable else None
+
+
+def load_settings(path: Path | None, env: Mapping[str, str]) -> Settings:
+    """Read the settings of a file and of the variables `HOLDGATE_<PATH>`, which win.
+
+    Folders named in the file are relative to it. Without `models`, `OPENAI_BASE_URL` and
+    `OPENAI_API_KEY` describe the one provider.
+
+    Raises
+    ------
+    SettingsError
+        With every problem found, a line for each: file, line and column, or the variable.
+    """
+    source = _read(path) if path else None
+    data = source.data if source else {}
+    problems = [str(problem) for problem in source.problems] if source else []
+    problems += _misspelt(env)
+    variables: dict[Loc, str] = {}
+    if isinstance(data, dict):
+        _anchor(data, path)
+        _overlay(data, env, variables)
+
+    def placed(loc: Loc, message: str, *, key: bool = False) -> str:
+        if variable := variables.get(loc):
+            return f"{variable}: {message}"
+        dotted = ".".join(map(str, loc))
+        return str(source.problem(loc, message, key=key)) if source else f"{dotted}: {message}"
+
+    try:
+        settings = Settings.model_validate(data)
+    except ValidationError as error:
+        raise SettingsError("\n".join(problems + list(_translated(error, placed)))) from error
+    problems += [placed(loc, message) for loc, message in _unmet(settings, env)]
+    if problems:
+        raise SettingsError("\n".join(problems))
+    named = {settings.audit_secret_env, *(entry.api_key_env for entry in settings.models)} - {None}
+    settings._secrets.update((name, env[name]) for name in named if name)
+    return settings
+
+
+def variable_names(section: type[Section] = Settings, loc: Loc = ()) -> dict[str, Loc]:
+    """Return the environment variable of every setting that has one, with the setting's place."""
+    found: dict[str, Loc] = {}
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            found |= variable_names(inner, (*loc, name))
+        elif name != "models":
+            found["_".join(("HOLDGATE", *map(str, loc), name)).upper()] = (*loc, name)
+    return found
+
+
+def _read(path: Path) -> Source:
+    try:
+        return Source(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _misspelt(env: Mapping[str, str]) -> list[str]:
+    """Say which variables are almost ours. Kubernetes sets others, such as HOLDGATE_PORT."""
+    known = variable_names()
+    strangers = sorted(name for name in env if name.startswith("HOLDGATE_") and name not in known)
+    nearest = {name: get_close_matches(name, known, n=1, cutoff=0.9) for name in strangers}
+    return [f"{name}: unknown; did you mean {near[0]}?" for name, near in nearest.items() if near]
+
+
+def _anchor(data: dict[str, JSON], path: Path | None) -> None:
+    """Make the folders named in the file relative to it."""
+    if path is None:
+        return
+    data.setdefault("calibrators", "calibrators")
+    for name in ("policies", "calibrators"):
+        if isinstance(folder := data.get(name), str):
+            data[name] = str(path.parent / folder)
+
+
+def _overlay(data: dict[str, JSON], env: Mapping[str, str], variables: dict[Loc, str]) -> None:
+    """Put the values of the environment into `data`, and their places into `variables`."""
+    for variable, loc in variable_names().items():
+        if not env.get(variable):
+            continue
+        section: JSON = data
+        for part in loc[:-1]:
+            section = section.setdefault(str(part), {}) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section[str(loc[-1])] = env[variable]
+            variables[loc] = variable
+    if not data.get("models"):
+        key = "OPENAI_API_KEY" if env.get("OPENAI_API_KEY") else None
+        url = env.get("OPENAI_BASE_URL") or None
+        data["models"] = [{"match": "*", "base_url": url, "api_key_env": key}]
+        variables["models", 0, "base_url"] = "OPENAI_BASE_URL"
+
+
+def _translated(error: ValidationError, placed: Callable[..., str]) -> Iterator[str]:
+    for detail in error.errors(include_url=False):
+        loc = detail["loc"]
+        match detail["type"]:
+            case "extra_forbidden":
+                near = get_close_matches(str(loc[-1]), _known_keys(loc[:-1]), n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                yield placed(loc, f"unknown key '{loc[-1]}'{hint}", key=True)
+            case "missing":
+                yield placed(loc[:-1], f"missing key '{loc[-1]}'")
+            case "model_type":
+                yield placed(loc, "must be a mapping of settings")
+            case _:
+                yield placed(loc, detail["msg"].removeprefix("Value error, "))
+
+
+def _known_keys(loc: Loc) -> list[str]:
+    section: type[Section] = Settings
+    for part in loc:
+        if isinstance(part, str):
+            inner = section.model_fields[part].annotation
+            section = ModelEntry if part == "models" else cast("type[Section]", inner)
+    return list(section.model_fields)
+
+
+def _unmet(settings: Settings, env: Mapping[str, str]) -> Iterator[tuple[Loc, str]]:
+    """Find what the settings presuppose and is not so."""
+    if not settings.policies.is_dir():
+        yield ("policies",), f"there is no folder {settings.policies}"
+    if (name := settings.audit_secret_env) and not env.get(name):
+        yield ("audit_secret_env",), f"the environment variable {name} is not set"
+    for index, entry in enumerate(settings.models):
+        loc: Loc = ("models", index)
+        earlier = [other.match for other in settings.models[:index]]
+        if "*" in earlier or entry.match in earlier:
+            yield (*loc, "match"), f"an entry above already takes all of {entry.match}"
+        if (name := entry.api_key_env) and not env.get(name):
+            yield (*loc, "api_key_env"), f"the environment variable {name} is not set"
+        if entry.provider != "openai" and find_spec("litellm") is None:
+            yield (*loc, "provider"), "needs litellm: install holdgate[providers]"
+        for place, model in enumerate(entry.fallbacks):
+            if not any(fnmatchcase(model, other.match) for other in settings.models):
+                yield (*loc, "fallbacks", place), f"no entry of models matches {model}"

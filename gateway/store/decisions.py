@@ -1,0 +1,153 @@
+"""Decisions, their erasure, and API keys: each operation one function of a connection inside one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import Connection, Dialect, Select, Table, insert, select, update
+
+from gateway.errors import Conflict, NotFound
+from gateway.records import ApiKey, DecisionRecord
+from gateway.store.rows import (
+    Entry,
+    Row,
+    api_key,
+    audit_row,
+    decision_record,
+    micros,
+    text,
+)
+from gateway.store.schema import api_keys, audit_entries, decisions, outbox, reviews, tasks
+
+_KEPT = select(*(column for column in decisions.c if not column.name.startswith("redacted_")))
+
+
+@lru_cache(maxsize=32)
+def _insert_sql(table: Table, dialect: Dialect) -> str:
+    columns = [column.name for column in table.c if column.name != "seq"]
+    return str(insert(table).inline().compile(dialect=dialect, column_keys=columns))
+
+
+def _insert(connection: Connection, table: Table, rows: list[Row]) -> None:
+    if rows:
+        connection.exec_driver_sql(_insert_sql(table, connection.dialect), rows)
+
+
+def log(connection: Connection, audit: list[Row], outgoing: list[Row]) -> None:
+    """Append to the audit log and to the outbox."""
+    _insert(connection, audit_entries, audit)
+    _insert(connection, outbox, outgoing)
+
+
+def record(connection: Connection, entries: Sequence[Entry]) -> None:
+    """Insert decisions with audit entries, tasks and outbox rows."""
+    _insert(connection, decisions, [entry.decision for entry in entries])
+    _insert(connection, tasks, [entry.task for entry in entries if entry.task])
+    outgoing = [entry.outbox for entry in entries if entry.outbox]
+    log(connection, [entry.audit for entry in entries], outgoing)
+
+
+def by_id(connection: Connection, decision_id: str) -> DecisionRecord | None:
+    """The decision with that id."""
+    return _first(connection, _KEPT.where(decisions.c.id == decision_id))
+
+
+def by_upstream_id(connection: Connection, upstream_id: str) -> DecisionRecord | None:
+    """The newest decision on the response that the provider gave that id."""
+    found = _KEPT.where(decisions.c.upstream_id == text(upstream_id))
+    return _first(connection, found.order_by(decisions.c.created_at.desc()).limit(1))
+
+
+def by_fingerprint(
+    connection: Connection, fingerprint: str, since: datetime
+) -> DecisionRecord | None:
+    """The newest decision on the same call made at `since` or later."""
+    found = _KEPT.where(
+        decisions.c.fingerprint == fingerprint, decisions.c.created_at >= micros(since)
+    )
+    return _first(connection, found.order_by(decisions.c.created_at.desc()).limit(1))
+
+
+def _first(connection: Connection, query: Select[Any]) -> DecisionRecord | None:
+    row = connection.execute(query).mappings().first()
+    return None if row is None else decision_record(row)
+
+
+def to_erase(connection: Connection, now: datetime, limit: int) -> list[str]:
+    """Ids of decisions whose contents are due for erasure and needed by no open task, locked for this transaction."""
+    under_review = select(tasks.c.id).where(
+        tasks.c.decision_id == decisions.c.id, tasks.c.resolved_at.is_(None)
+    )
+    due = select(decisions.c.id).where(
+        decisions.c.erase_at <= micros(now), ~under_review.correlate(decisions).exists()
+    )
+    due = due.order_by(decisions.c.erase_at).limit(limit).with_for_update(skip_locked=True)
+    return list(connection.scalars(due))
+
+
+def erase(connection: Connection, now: datetime, limit: int) -> int:
+    """Replace due contents by their redacted copies, or by nothing; drop corrections; say so in the audit log."""
+    ids = to_erase(connection, now, limit)
+    if not ids:
+        return 0
+    connection.execute(
+        update(decisions)
+        .where(decisions.c.id.in_(ids))
+        .values(
+            request=decisions.c.redacted_request,
+            response=decisions.c.redacted_response,
+            redacted_request=None,
+            redacted_response=None,
+            erase_at=None,
+        )
+    )
+    reviewed = select(tasks.c.id).where(tasks.c.decision_id.in_(ids))
+    connection.execute(
+        update(reviews).where(reviews.c.task_id.in_(reviewed)).values(correction=None)
+    )
+    at_us = micros(now)
+    log(connection, [audit_row("decision.erased", each, at_us, {}) for each in ids], [])
+    return len(ids)
+
+
+def create_key(connection: Connection, key: ApiKey) -> None:
+    """Insert an API key, unless the name is taken."""
+    if connection.scalar(select(api_keys.c.id).where(api_keys.c.name == text(key.name))):
+        raise Conflict(f"there is an API key named {key.name!r}; choose another name")
+    created_at, revoked_at = micros(key.created_at), key.revoked_at and micros(key.revoked_at)
+    row = (key.id, text(key.name), key.role.value, key.digest, created_at, revoked_at)
+    _insert(connection, api_keys, [row])
+    log(connection, [audit_row("key.created", key.id, created_at, {"role": key.role})], [])
+
+
+def key_by_digest(connection: Connection, digest: str) -> ApiKey | None:
+    """The unrevoked key with that digest."""
+    query = select(api_keys).where(api_keys.c.digest == digest, api_keys.c.revoked_at.is_(None))
+    row = connection.execute(query).mappings().first()
+    return None if row is None else api_key(row)
+
+
+def keys(connection: Connection) -> list[ApiKey]:
+    """Every key, newest first."""
+    query = select(api_keys).order_by(api_keys.c.created_at.desc(), api_keys.c.id)
+    return [api_key(row) for row in connection.execute(query).mappings()]
+
+
+def revoke_key(connection: Connection, name: str, now: datetime) -> None:
+    """Revoke a key for good; revoking it again changes nothing."""
+    named = api_keys.c.name == text(name)
+    key_id = connection.scalar(select(api_keys.c.id).where(named))
+    if key_id is None:
+        raise NotFound(f"there is no API key named {name!r}")
+    at_us = micros(now)
+    change = update(api_keys).where(named, api_keys.c.revoked_at.is_(None))
+    if connection.execute(change.values(revoked_at=at_us)).rowcount:
+        log(connection, [audit_row("key.revoked", key_id, at_us, {})], [])
+
+
+def touch(connection: Connection) -> None:
+    """Do nothing that a database which cannot be written would let pass."""
+    connection.execute(update(api_keys).where(api_keys.c.id == "").values(name=""))

@@ -1,0 +1,165 @@
+"""The tables, for SQLite and PostgreSQL alike. Times are integer microseconds since 1970 UTC.
+
+The Alembic revisions in `migrations` build them; a test asserts that both agree.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+)
+
+#: The revision this code reads and writes.
+REVISION = "0001"
+
+#: `due_at` of a task without a deadline, so that one ascending index serves queue and expiry.
+NEVER = 2**63 - 1
+
+metadata = MetaData()
+_Sequence = BigInteger().with_variant(Integer, "sqlite")
+
+decisions = Table(
+    "decisions",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("created_at", BigInteger, nullable=False),
+    Column("endpoint", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("task_type", Text),
+    Column("policy", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("risk", Text, nullable=False),
+    Column("confidence", Double),
+    Column("fingerprint", Text, nullable=False),
+    Column("key_id", Text),
+    Column("request_id", Text, nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("upstream_id", Text),
+    Column("streamed", Boolean, nullable=False),
+    Column("latency_ms", Double, nullable=False),
+    Column("overhead_ms", Double, nullable=False),
+    Column("detail", LargeBinary, nullable=False),
+    Column("request_digest", Text, nullable=False),
+    Column("response_digest", Text, nullable=False),
+    Column("request", LargeBinary),
+    Column("response", LargeBinary),
+    Column("response_headers", LargeBinary, nullable=False),
+    Column("erase_at", BigInteger),
+    Column("redacted_request", LargeBinary),
+    Column("redacted_response", LargeBinary),
+)
+Index("ix_decisions_fingerprint", decisions.c.fingerprint, decisions.c.created_at)
+Index("ix_decisions_created_at", decisions.c.created_at)
+_from_upstream = decisions.c.upstream_id.is_not(None)
+Index(
+    "ix_decisions_upstream_id",
+    decisions.c.upstream_id,
+    decisions.c.created_at,
+    sqlite_where=_from_upstream,
+    postgresql_where=_from_upstream,
+)
+_to_erase = decisions.c.erase_at.is_not(None)
+Index(
+    "ix_decisions_erase_at",
+    decisions.c.erase_at,
+    sqlite_where=_to_erase,
+    postgresql_where=_to_erase,
+)
+
+#: `queue_rank` is 0 for tier critical to 3 for low; `resolved_at` is set exactly when the state is terminal.
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("decision_id", Text, ForeignKey("decisions.id"), nullable=False, unique=True),
+    Column("kind", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("risk", Text, nullable=False),
+    Column("queue_rank", Integer, nullable=False),
+    Column("policy", Text, nullable=False),
+    Column("confidence", Double),
+    Column("created_at", BigInteger, nullable=False),
+    Column("due_at", BigInteger, nullable=False),
+    Column("on_deadline", Text, nullable=False),
+    Column("inclusion", Double, nullable=False),
+    Column("claimed_by", Text),
+    Column("claimed_until", BigInteger),
+    Column("resolved_at", BigInteger),
+)
+_unresolved = tasks.c.resolved_at.is_(None)
+Index(
+    "ix_tasks_queue",
+    tasks.c.queue_rank,
+    tasks.c.due_at,
+    tasks.c.created_at,
+    tasks.c.id,
+    sqlite_where=_unresolved,
+    postgresql_where=_unresolved,
+)
+Index("ix_tasks_due_at", tasks.c.due_at, sqlite_where=_unresolved, postgresql_where=_unresolved)
+
+reviews = Table(
+    "reviews",
+    metadata,
+    Column("task_id", Text, ForeignKey("tasks.id"), primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("verdict", Text, nullable=False),
+    Column("reviewer", Text, nullable=False),
+    Column("reason", Text),
+    Column("comment", Text),
+    Column("correction", LargeBinary),
+)
+
+labels = Table(
+    "labels",
+    metadata,
+    Column("task_id", Text, ForeignKey("tasks.id"), primary_key=True),
+    Column("decision_id", Text, ForeignKey("decisions.id"), nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("acceptable", Boolean, nullable=False),
+    Column("inclusion", Double, nullable=False),
+)
+
+#: What others are to be told, at least once: whoever has delivered a row deletes it.
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("seq", _Sequence, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+)
+
+#: Append-only, by trigger. `leaf` is SHA-256(0x00 || body) in hex, the leaf hash of RFC 9162, section 2.1.1.
+audit_entries = Table(
+    "audit_entries",
+    metadata,
+    Column("seq", _Sequence, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("leaf", Text, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("role", Text, nullable=False),
+    Column("digest", Text, nullable=False, unique=True),
+    Column("created_at", BigInteger, nullable=False),
+    Column("revoked_at", BigInteger),
+)

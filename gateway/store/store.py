@@ -1,0 +1,238 @@
+"""The store: what `gateway.ports.Store` promises, on SQLite or PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+from gateway.errors import SettingsError, StoreError
+from gateway.records import (
+    ApiKey,
+    DecisionRecord,
+    NewTask,
+    Resolution,
+    TaskRecord,
+    TaskState,
+)
+from gateway.store import decisions, tasks
+from gateway.store.engines import Engine, PostgresEngine, Refused, SqliteEngine
+from gateway.store.migrations import is_current, migrate
+from gateway.store.rows import Entry, Erasure, entry
+
+#: At most so many decisions share a commit.
+_BATCH = 256
+
+#: Contents larger than this are compressed in a thread, so that they do not hold up the event loop.
+_INLINE_BYTES = 256 * 1024
+
+#: Ids in one query: both engines limit the number of parameters.
+_IDS = 500
+
+_MIGRATION_S = 600.0
+
+
+async def open_store(url: str) -> SqlStore:
+    """The store at `sqlite:///path` or `postgresql://user:password@host/name`, its schema brought up to date.
+
+    Any number of processes may open the same store at once.
+
+    Raises
+    ------
+    SettingsError
+        If the URL names neither.
+    StoreError
+        If the database cannot be opened, or belongs to a newer version.
+    """
+    engine = _engine(url)
+    try:
+        if not await engine.read(is_current):
+            await engine.write(migrate, patience_s=_MIGRATION_S)
+    except BaseException:
+        await engine.close()
+        raise
+    return SqlStore(engine)
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parts = make_url(url)
+    except ArgumentError as error:
+        raise SettingsError("the store must be a URL such as sqlite:///holdgate.db") from error
+    if parts.drivername == "sqlite" and parts.database not in {None, "", ":memory:"}:
+        path = Path(str(parts.database))
+        try:
+            # Prompts are in it: not for other users of the machine. SQLite gives -wal and -shm the same rights.
+            path.touch(mode=0o600)
+        except OSError as error:
+            raise StoreError(
+                f"the database file {path} cannot be opened: {error.strerror}"
+            ) from error
+        return SqliteEngine(str(path))
+    if parts.drivername in {"postgresql", "postgres"}:
+        return PostgresEngine(url)
+    raise SettingsError(
+        f"no store is known by {parts.drivername}://; write sqlite:///path or postgresql://user@host/name"
+    )
+
+
+class SqlStore:
+    """A `Store`. Decisions are written by group commit: while one batch commits, the next one gathers."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._waiting: list[tuple[Entry, asyncio.Future[None]]] = []
+        self._committing: asyncio.Task[None] | None = None
+
+    async def record(
+        self,
+        decision: DecisionRecord,
+        task: NewTask | None = None,
+        *,
+        erase_at: datetime | None = None,
+        redacted_request: bytes | None = None,
+        redacted_response: bytes | None = None,
+    ) -> None:
+        """Store a decision, its task, audit entry and outbox row in one transaction, by group commit."""
+        erasure = Erasure(erase_at, redacted_request, redacted_response) if erase_at else None
+        bodies = (decision.request, decision.response, redacted_request, redacted_response)
+        if sum(len(body) for body in bodies if body) > _INLINE_BYTES:
+            rows = await asyncio.to_thread(entry, decision, task, erasure)
+        else:
+            rows = entry(decision, task, erasure)
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((rows, written))
+        if self._committing is None:
+            self._committing = asyncio.create_task(self._commit_waiting())
+        await written
+
+    async def _commit_waiting(self) -> None:
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
+                await self._commit(batch)
+        finally:
+            self._committing = None
+
+    async def _commit(self, batch: list[tuple[Entry, asyncio.Future[None]]]) -> None:
+        entries = [rows for rows, _ in batch]
+        try:
+            await self._engine.write(partial(decisions.record, entries=entries))
+        except Refused as error:
+            if len(batch) == 1:
+                _settle(batch, error)
+            else:
+                for each in batch:
+                    await self._commit([each])
+        except StoreError as error:
+            # Those who came meanwhile would meet the same fault: nobody waits for more than one batch.
+            batch, self._waiting = batch + self._waiting, []
+            _settle(batch, error)
+        else:
+            _settle(batch, None)
+
+    async def decision(self, decision_id: str) -> DecisionRecord | None:
+        """The decision with that id."""
+        return await self._engine.read(partial(decisions.by_id, decision_id=decision_id))
+
+    async def decision_by_upstream_id(self, upstream_id: str) -> DecisionRecord | None:
+        """The newest decision on the response that the provider gave that id."""
+        return await self._engine.read(partial(decisions.by_upstream_id, upstream_id=upstream_id))
+
+    async def decision_by_fingerprint(
+        self, fingerprint: str, since: datetime
+    ) -> DecisionRecord | None:
+        """The newest decision on the same call made since then."""
+        return await self._engine.read(
+            partial(decisions.by_fingerprint, fingerprint=fingerprint, since=since)
+        )
+
+    async def task(self, task_id: str) -> TaskRecord | None:
+        """The task with that id."""
+        return await self._engine.read(partial(tasks.by_id, task_id=task_id))
+
+    async def task_of(self, decision_id: str) -> TaskRecord | None:
+        """The task of a decision, if it has one."""
+        return await self._engine.read(partial(tasks.of_decision, decision_id=decision_id))
+
+    async def queue(self, now: datetime, limit: int) -> Sequence[TaskRecord]:
+        """Unresolved tasks, highest risk first, then by deadline, then oldest; lapsed claims show as open."""
+        return await self._engine.read(partial(tasks.queue, now=now, limit=limit))
+
+    async def claim(self, task_id: str, reviewer: str, now: datetime, lease_s: float) -> TaskRecord:
+        """Lease a task to a reviewer, or renew their lease."""
+        return await self._engine.write(
+            partial(tasks.claim, task_id=task_id, reviewer=reviewer, now=now, lease_s=lease_s)
+        )
+
+    async def release(self, task_id: str, reviewer: str, now: datetime) -> TaskRecord:
+        """Give a claim back."""
+        return await self._engine.write(
+            partial(tasks.release, task_id=task_id, reviewer=reviewer, now=now)
+        )
+
+    async def resolve(self, resolution: Resolution) -> TaskRecord:
+        """Resolve a task: state, review, label, audit entry and outbox row in one transaction."""
+        return await self._engine.write(partial(tasks.resolve, resolution=resolution))
+
+    async def expire_due(self, now: datetime, limit: int) -> Sequence[TaskRecord]:
+        """Expire unresolved tasks past their deadline, each once; return those expired."""
+        if not await self._engine.read(partial(tasks.due, now=now, limit=1)):
+            return []
+        return await self._engine.write(partial(tasks.expire, now=now, limit=limit))
+
+    async def settled(self, task_ids: Sequence[str]) -> Mapping[str, TaskState]:
+        """Which of these tasks are terminal."""
+        found: dict[str, TaskState] = {}
+        for start in range(0, len(task_ids), _IDS):
+            some = task_ids[start : start + _IDS]
+            found |= await self._engine.read(partial(tasks.settled, task_ids=some))
+        return found
+
+    async def erase_due(self, now: datetime, limit: int) -> int:
+        """Erase contents whose time has come; return how many decisions were touched."""
+        if not await self._engine.read(partial(decisions.to_erase, now=now, limit=1)):
+            return 0
+        return await self._engine.write(partial(decisions.erase, now=now, limit=limit))
+
+    async def create_key(self, key: ApiKey) -> None:
+        """Store an API key. Raises `Conflict` if the name is taken."""
+        await self._engine.write(partial(decisions.create_key, key=key))
+
+    async def key_by_digest(self, digest: str) -> ApiKey | None:
+        """The unrevoked key with that SHA-256."""
+        return await self._engine.read(partial(decisions.key_by_digest, digest=digest))
+
+    async def keys(self) -> Sequence[ApiKey]:
+        """Every key, newest first."""
+        return await self._engine.read(decisions.keys)
+
+    async def revoke_key(self, name: str, now: datetime) -> None:
+        """Revoke a key. Raises `NotFound`."""
+        await self._engine.write(partial(decisions.revoke_key, name=name, now=now))
+
+    async def ping(self) -> None:
+        """Return if the store can be written; raise `StoreError` if not."""
+        await self._engine.write(decisions.touch)
+
+    async def close(self) -> None:
+        """Finish what is under way and let go of everything."""
+        if self._committing is not None:
+            await self._committing
+        await self._engine.close()
+
+
+def _settle(batch: list[tuple[Entry, asyncio.Future[None]]], error: StoreError | None) -> None:
+    for _, written in batch:
+        if written.done():
+            continue
+        if error is None:
+            written.set_result(None)
+        else:
+            written.set_exception(copy.copy(error))

@@ -1,0 +1,223 @@
+"""Review tasks: each operation one function of a connection inside one transaction.
+
+Every change of state is one compare-and-set `UPDATE`, so that of any number of callers exactly one succeeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Select, insert, or_, select, update
+
+from gateway.errors import Conflict, NotFound
+from gateway.records import Resolution, TaskRecord, TaskState, Verdict
+from gateway.store.decisions import log
+from gateway.store.rows import audit_row, micros, pack, task_record, text
+from gateway.store.schema import labels, reviews, tasks
+from validators import JSON
+
+_UNRESOLVED = tasks.c.resolved_at.is_(None)
+_REVIEW = [column for column in reviews.c if column.name not in {"task_id", "at"}]
+_TASKS = select(tasks, *_REVIEW).outerjoin_from(tasks, reviews)
+_MOST_URGENT = (tasks.c.queue_rank, tasks.c.due_at, tasks.c.created_at, tasks.c.id)
+_UNCLAIMED = {"claimed_by": None, "claimed_until": None}
+
+
+def by_id(connection: Connection, task_id: str) -> TaskRecord | None:
+    """The task with that id."""
+    return _first(connection, _TASKS.where(tasks.c.id == task_id))
+
+
+def of_decision(connection: Connection, decision_id: str) -> TaskRecord | None:
+    """The task of that decision."""
+    return _first(connection, _TASKS.where(tasks.c.decision_id == decision_id))
+
+
+def _first(connection: Connection, query: Select[Any]) -> TaskRecord | None:
+    row = connection.execute(query).mappings().first()
+    return None if row is None else task_record(row)
+
+
+def _existing(connection: Connection, task_id: str) -> TaskRecord:
+    found = by_id(connection, task_id)
+    if found is None:
+        raise NotFound(f"there is no task {task_id!r}")
+    return found
+
+
+def queue(connection: Connection, now: datetime, limit: int) -> list[TaskRecord]:
+    """Unresolved tasks, most urgent first; lapsed claims show as open."""
+    query = _TASKS.where(_UNRESOLVED).order_by(*_MOST_URGENT).limit(limit)
+    found = [task_record(row) for row in connection.execute(query).mappings()]
+    return [_reopened(task) if _lapsed(task, now) else task for task in found]
+
+
+def _lapsed(task: TaskRecord, now: datetime) -> bool:
+    return task.claimed_until is not None and task.claimed_until <= now
+
+
+def _reopened(task: TaskRecord) -> TaskRecord:
+    return replace(task, state=TaskState.OPEN, claimed_by=None, claimed_until=None)
+
+
+def settled(connection: Connection, task_ids: Sequence[str]) -> dict[str, TaskState]:
+    """The states of those of these tasks that are terminal."""
+    query = select(tasks.c.id, tasks.c.state).where(tasks.c.id.in_(task_ids), ~_UNRESOLVED)
+    return {task_id: TaskState(state) for task_id, state in connection.execute(query)}
+
+
+def claim(
+    connection: Connection, task_id: str, reviewer: str, *, now: datetime, lease_s: float
+) -> TaskRecord:
+    """Lease the task to the reviewer, or renew their lease."""
+    reviewer = text(reviewer)
+    change = _change(task_id, _free_for(reviewer, now)).values(
+        state=TaskState.CLAIMED.value,
+        claimed_by=reviewer,
+        claimed_until=micros(now + timedelta(seconds=lease_s)),
+    )
+    claimed = connection.execute(change).rowcount
+    task = _existing(connection, task_id)
+    if not claimed:
+        raise _conflict(task, now, reviewer, "the task has changed; load it again")
+    return task
+
+
+def release(connection: Connection, task_id: str, reviewer: str, now: datetime) -> TaskRecord:
+    """Give back the reviewer's live claim."""
+    reviewer = text(reviewer)
+    held = (tasks.c.claimed_by == reviewer) & (tasks.c.claimed_until > micros(now))
+    change = _change(task_id, held).values(state=TaskState.OPEN.value, **_UNCLAIMED)
+    released = connection.execute(change).rowcount
+    task = _existing(connection, task_id)
+    if not released:
+        raise _conflict(task, now, reviewer, "you do not hold this task")
+    return task
+
+
+def resolve(connection: Connection, resolution: Resolution) -> TaskRecord:
+    """Resolve the task, with review, label, audit entry and outbox row."""
+    reviewer, at_us = text(resolution.reviewer), micros(resolution.at)
+    change = _change(
+        resolution.task_id,
+        (tasks.c.version == resolution.version) & _free_for(reviewer, resolution.at),
+    ).values(state=TaskState.RESOLVED.value, resolved_at=at_us, **_UNCLAIMED)
+    resolved = connection.execute(change.returning(tasks.c.decision_id, tasks.c.inclusion)).first()
+    if resolved is None:
+        task = _existing(connection, resolution.task_id)
+        changed = f"the task is at version {task.version}, not {resolution.version}; load it again"
+        raise _conflict(task, resolution.at, reviewer, changed)
+    connection.execute(
+        insert(reviews).values(
+            task_id=resolution.task_id,
+            at=at_us,
+            verdict=resolution.verdict.value,
+            reviewer=reviewer,
+            reason=resolution.reason and text(resolution.reason),
+            comment=resolution.comment and text(resolution.comment),
+            correction=pack(resolution.correction),
+        )
+    )
+    connection.execute(
+        insert(labels).values(
+            task_id=resolution.task_id,
+            decision_id=resolved.decision_id,
+            at=at_us,
+            acceptable=resolution.verdict is Verdict.APPROVE,
+            inclusion=resolved.inclusion,
+        )
+    )
+    _log_resolution(connection, resolution, resolved.decision_id)
+    return _existing(connection, resolution.task_id)
+
+
+def _log_resolution(connection: Connection, resolution: Resolution, decision_id: str) -> None:
+    at_us, correction = micros(resolution.at), resolution.correction
+    facts: dict[str, JSON] = {
+        "decision": decision_id,
+        "verdict": resolution.verdict.value,
+        "reviewer": text(resolution.reviewer),
+        "correction_sha256": None if correction is None else hashlib.sha256(correction).hexdigest(),
+    }
+    audit = audit_row("task.resolved", resolution.task_id, at_us, facts)
+    log(connection, [audit], [(at_us, "task.resolved", resolution.task_id)])
+
+
+def due(connection: Connection, now: datetime, limit: int) -> list[str]:
+    """Ids of unresolved tasks past their deadline, longest overdue first, locked for this transaction."""
+    query = select(tasks.c.id).where(_UNRESOLVED, tasks.c.due_at <= micros(now))
+    query = query.order_by(tasks.c.due_at).limit(limit).with_for_update(skip_locked=True)
+    return list(connection.scalars(query))
+
+
+def expire(connection: Connection, now: datetime, limit: int) -> list[TaskRecord]:
+    """Expire due tasks, with audit entries and outbox rows, and no decider."""
+    ids, at_us = due(connection, now, limit), micros(now)
+    if not ids:
+        return []
+    connection.execute(
+        update(tasks)
+        .where(tasks.c.id.in_(ids))
+        .values(
+            state=TaskState.EXPIRED.value,
+            version=tasks.c.version + 1,
+            resolved_at=at_us,
+            **_UNCLAIMED,
+        )
+    )
+    rows = connection.execute(_TASKS.where(tasks.c.id.in_(ids)).order_by(tasks.c.due_at))
+    expired = [task_record(row) for row in rows.mappings()]
+    log(
+        connection,
+        [
+            audit_row("task.expired", task.id, at_us, {"decision": task.decision_id})
+            for task in expired
+        ],
+        [(at_us, "task.expired", task.id) for task in expired],
+    )
+    return expired
+
+
+def _change(task_id: str, condition: ColumnElement[bool]) -> Any:
+    """An UPDATE of an unresolved task, if the condition holds, to its next version."""
+    change = update(tasks).where(tasks.c.id == task_id, _UNRESOLVED, condition)
+    return change.values(version=tasks.c.version + 1)
+
+
+def _free_for(reviewer: str, now: datetime) -> ColumnElement[bool]:
+    return or_(
+        tasks.c.claimed_by.is_(None),
+        tasks.c.claimed_by == reviewer,
+        tasks.c.claimed_until <= micros(now),
+    )
+
+
+def _conflict(task: TaskRecord, now: datetime, reviewer: str, otherwise: str) -> Conflict:
+    """Why the reviewer's change was refused, with the task as it is."""
+    if task.state is TaskState.RESOLVED:
+        message = f"{task.reviewer} was first and decided: {task.verdict}"
+    elif task.state is TaskState.EXPIRED:
+        message = "the task expired before anybody decided"
+    elif task.claimed_by not in {None, reviewer} and not _lapsed(task, now):
+        message = f"{task.claimed_by} holds this task until {_iso(task.claimed_until)}"
+    else:
+        message = otherwise
+    result: dict[str, JSON] = {
+        "id": task.id,
+        "state": task.state,
+        "verdict": task.verdict,
+        "reviewer": task.reviewer,
+        "version": task.version,
+        "resolved_at": _iso(task.resolved_at),
+        "claimed_by": task.claimed_by,
+        "claimed_until": _iso(task.claimed_until),
+    }
+    return Conflict(message, extra={"task": result})
+
+
+def _iso(at: datetime | None) -> str | None:
+    return None if at is None else at.isoformat()

@@ -1,0 +1,111 @@
+"""What an operator sees: Prometheus metrics and structured logs. Neither ever carries content."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_REVIEW_SECONDS = (5, 15, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)
+
+
+class Metrics:
+    """The metrics of one process; with several workers, `render` gives the sum over all of them."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.decisions = Counter(
+            "holdgate_decisions_total",
+            "Decisions by what was done and what enforce mode would have done.",
+            ("policy", "endpoint", "action", "intended", "risk"),
+            registry=registry,
+        )
+        self.checks = Counter(
+            "holdgate_checks_total",
+            "Check results.",
+            ("policy", "check", "outcome"),
+            registry=registry,
+        )
+        self.layer_seconds = Histogram(
+            "holdgate_layer_seconds",
+            "Time a request spent in a layer: upstream, rules, record.",
+            ("layer",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.overhead_seconds = Histogram(
+            "holdgate_overhead_seconds",
+            "Time a request spent in the gateway, waiting for the provider and for people left out.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.unchecked = Counter(
+            "holdgate_unchecked_total",
+            "Requests passed through with no policy applied.",
+            ("why",),
+            registry=registry,
+        )
+        self.errors = Counter(
+            "holdgate_errors_total", "Errors answered to callers.", ("code",), registry=registry
+        )
+        self.waiting = Gauge(
+            "holdgate_waiting_clients",
+            "Clients waiting for a held response.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.settled = Counter(
+            "holdgate_tasks_settled_total",
+            "Review tasks settled here.",
+            ("outcome",),
+            registry=registry,
+        )
+        self.review_seconds = Histogram(
+            "holdgate_review_seconds",
+            "Time from a task's creation to its resolution.",
+            buckets=_REVIEW_SECONDS,
+            registry=registry,
+        )
+
+    def render(self) -> bytes:
+        """The metrics in the Prometheus text format."""
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+
+
+def configure_logs(level: str, form: str) -> None:
+    """Send structured logs to standard error, one line an event: `json`, or `console` for people."""
+    rendering: list[structlog.typing.Processor] = (
+        [
+            structlog.processors.ExceptionRenderer(
+                structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+            ),
+            structlog.processors.JSONRenderer(),
+        ]
+        if form == "json"
+        else [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *rendering,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[level.upper()]
+        ),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )

@@ -1,0 +1,202 @@
+"""Providers of the OpenAI dialect: original bytes there and back over one pool of connections."""
+
+from __future__ import annotations
+
+import io
+import re
+import ssl
+from collections.abc import AsyncIterator, Sequence
+from functools import lru_cache
+from urllib.parse import unquote
+
+import aiohttp
+from yarl import URL
+
+from gateway.errors import InvalidRequest, UpstreamError, UpstreamTimeout
+from gateway.ports import UpstreamCall, UpstreamResponse
+from gateway.settings import ModelEntry
+
+OPENAI_URL = "https://api.openai.com/v1"
+
+_HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+_NOT_SENT = _HOP_BY_HOP | {"host", "expect", "prefer", "cookie"}
+_NOT_RELAYED = _HOP_BY_HOP | {"alt-svc"}
+_PATH = re.compile(r"/[^?#\x00-\x20\x7f-\U0010ffff]*")
+_QUERY = re.compile(r"[^#\x00-\x20\x7f-\U0010ffff]*")
+_LARGE_BODY_BYTES = 2**20
+
+
+def open_session() -> aiohttp.ClientSession:
+    """Open a pool of connections that adds nothing to a message: no cookies, no headers of its own.
+
+    Must be called on the event loop that will use it.
+    """
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers=("accept", "accept-encoding", "content-type", "user-agent"),
+        auto_decompress=False,
+        read_bufsize=2**18,
+    )
+
+
+class DirectUpstream:
+    """A server of the OpenAI dialect, as a model entry describes it."""
+
+    def __init__(
+        self, session: aiohttp.ClientSession, entry: ModelEntry, api_key: str | None
+    ) -> None:
+        self._session = session
+        self._base = entry.base_url or OPENAI_URL
+        self._origin = str(URL(self._base).origin())
+        self._authorization = f"Bearer {api_key}" if api_key else None
+        times = entry.timeout_s
+        self._timeout = aiohttp.ClientTimeout(
+            total=times.total, connect=times.connect, sock_read=times.read
+        )
+
+    async def send(self, call: UpstreamCall) -> UpstreamResponse:
+        """See `gateway.ports.Upstream`. A key of the entry replaces the client's `Authorization`.
+
+        Raises `InvalidRequest` if the path would leave the base URL.
+        """
+        url = _url(self._base, call.path, call.query)
+        try:
+            response = await self._session.request(
+                call.method,
+                url,
+                headers=self._headers(call),
+                data=_payload(call.body),
+                timeout=self._timeout,
+                allow_redirects=False,
+                auto_decompress=call.readable,
+            )
+        except (aiohttp.ClientError, OSError) as error:
+            raise _explained(error, self._origin) from error
+        return UpstreamResponse(
+            response.status,
+            _relayed(response, unpacked=call.readable),
+            _Body(response.content, self._origin),
+            response.close,
+        )
+
+    def _headers(self, call: UpstreamCall) -> list[tuple[str, str]]:
+        dropped = set(_NOT_SENT)
+        added = []
+        if self._authorization:
+            dropped.add("authorization")
+            added.append(("authorization", self._authorization))
+        if call.readable:
+            dropped.add("accept-encoding")
+            added.append(("accept-encoding", "identity"))
+        if isinstance(call.body, bytes):
+            dropped.add("content-length")
+        kept = _end_to_end(call.headers, dropped)
+        return [(name.lower(), _utf8(value)) for name, value in kept] + added
+
+
+class _Body:
+    """The bytes of a response as they arrive, with the errors of the connection made ours."""
+
+    __slots__ = ("_content", "_origin")
+
+    def __init__(self, content: aiohttp.StreamReader, origin: str) -> None:
+        self._content = content
+        self._origin = origin
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            chunk = await self._content.readany()
+        except (aiohttp.ClientError, OSError) as error:
+            raise _explained(error, self._origin) from error
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+
+@lru_cache(maxsize=128)
+def _url(base: str, path: str, query: str) -> URL:
+    segments = unquote(path).replace("\\", "/").split("/")
+    if not (_PATH.fullmatch(path) and _QUERY.fullmatch(query)) or {".", ".."} & set(segments):
+        raise InvalidRequest(f"The path {path[:200]!r} cannot be forwarded.", code="invalid_path")
+    return URL(f"{base}{path}?{query}" if query else base + path, encoded=True)
+
+
+def _utf8(value: str) -> str:
+    """Undo our server's reading of a value as Latin-1, because aiohttp writes UTF-8."""
+    return value if value.isascii() else value.encode("latin-1", "replace").decode(errors="replace")
+
+
+def _payload(
+    body: bytes | AsyncIterator[bytes],
+) -> bytes | io.BytesIO | AsyncIterator[bytes] | None:
+    """Give aiohttp large bodies as a file, which it writes piece by piece."""
+    if isinstance(body, bytes) and len(body) > _LARGE_BODY_BYTES:
+        return io.BytesIO(body)
+    return body or None
+
+
+def _end_to_end(
+    headers: Sequence[tuple[str, str]], dropped: frozenset[str] | set[str]
+) -> list[tuple[str, str]]:
+    """Keep the headers meant for the other end (RFC 9110 section 7.6.1), and never our own."""
+    lowered = [(name.lower(), name, value) for name, value in headers]
+    named = {
+        token.strip().lower()
+        for key, _, value in lowered
+        if key == "connection"
+        for token in value.split(",")
+    }
+    return [
+        (name, value)
+        for key, name, value in lowered
+        if key not in dropped and key not in named and not key.startswith("x-holdgate-")
+    ]
+
+
+def _relayed(response: aiohttp.ClientResponse, *, unpacked: bool) -> list[tuple[str, str]]:
+    dropped = _NOT_RELAYED
+    if unpacked and "content-encoding" in response.headers:
+        dropped = dropped | {"content-encoding", "content-length"}
+    raw = [
+        (name.decode("latin-1"), value.decode("latin-1")) for name, value in response.raw_headers
+    ]
+    return _end_to_end(raw, dropped)
+
+
+def _explained(error: Exception, origin: str) -> UpstreamError:
+    """Return an error of the connection as one of ours, without headers, paths or queries."""
+    match error:
+        case aiohttp.ConnectionTimeoutError():
+            message = f"{origin} did not accept a connection in time."
+        case TimeoutError():
+            return UpstreamTimeout(f"{origin} did not answer in time.")
+        case aiohttp.ClientSSLError() | ssl.SSLError() | aiohttp.ServerFingerprintMismatch():
+            message = f"No trusted TLS connection to {origin} can be made."
+        case aiohttp.ClientConnectorError():
+            reason = error.os_error.strerror or type(error.os_error).__name__
+            message = f"Could not connect to {origin}: {reason}."
+        case aiohttp.ServerDisconnectedError():
+            message = f"{origin} closed the connection before it answered."
+        case aiohttp.ClientPayloadError():
+            message = f"{origin} broke off in the middle of its response."
+        case aiohttp.ClientResponseError():
+            message = f"{origin} sent something that is not HTTP."
+        case _:
+            message = f"The connection to {origin} failed ({type(error).__name__})."
+    return UpstreamError(message)

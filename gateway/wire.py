@@ -1,0 +1,475 @@
+"""The OpenAI wire: what a request asks, what a response says, and the few edits we may make to either.
+
+Bodies are kept as the bytes that came. A response is read once into typed structs; an edit is a splice where that is
+possible (`logprobs` we asked for and the client did not) and a re-serialisation only where text must change.
+
+References
+----------
+OpenAI API document: `CreateChatCompletionResponse`, `CreateCompletionResponse`, `Response`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import msgspec
+import orjson
+
+from policies.match import Facts
+from validators import JSON, Choice, Finding, Passage, TokenLogprob, ToolCall, TopLogprob
+
+CHAT, COMPLETIONS, RESPONSES = "chat", "completions", "responses"
+
+#: Where each checked endpoint lives under /v1.
+CHECKED_PATHS = {"/chat/completions": CHAT, "/completions": COMPLETIONS, "/responses": RESPONSES}
+PATH_OF = {endpoint: path for path, endpoint in CHECKED_PATHS.items()}
+
+NO_RAW = msgspec.Raw(b"null")
+
+
+class Unreadable(ValueError):
+    """A body that is not what the API document says it is; the message says where."""
+
+
+# ---------------------------------------------------------------------------------------------------------- requests
+
+
+def parse_request(body: bytes) -> dict[str, JSON]:
+    """The request body as a JSON object.
+
+    Raises
+    ------
+    Unreadable
+        If the body is not UTF-8, not JSON, nested too deeply, or not an object.
+    """
+    try:
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise Unreadable(f"The request body is not valid JSON: {error}.") from error
+    if not isinstance(request, dict):
+        raise Unreadable("The request body must be a JSON object.")
+    return request
+
+
+def facts(
+    endpoint: str, request: Mapping[str, JSON], *, task: str | None, key: str | None
+) -> Facts:
+    """What policies match on. `task` (from the header) wins over the body's `metadata.task`.
+
+    Raises
+    ------
+    Unreadable
+        If `model` is not text, or `metadata` is not an object.
+    """
+    model = request.get("model") or ""
+    if not isinstance(model, str):
+        raise Unreadable("`model` must be a string.")
+    metadata = request.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise Unreadable("`metadata` must be an object of strings.")
+    context = {name: value for name, value in (metadata or {}).items() if isinstance(value, str)}
+    return Facts(
+        task=task or context.get("task"),
+        model=model,
+        endpoint=endpoint,
+        tools=frozenset(_tool_names(request)),
+        key=key,
+        context=context,
+    )
+
+
+def _tool_names(request: Mapping[str, JSON]) -> Iterable[str]:
+    for list_name in ("tools", "functions"):
+        offered = request.get(list_name)
+        for tool in offered if isinstance(offered, list) else ():
+            if isinstance(tool, dict):
+                inner = tool.get("function") or tool.get("custom") or tool
+                name = inner.get("name") if isinstance(inner, dict) else None
+                if isinstance(name, str):
+                    yield name
+
+
+def wants_logprobs(endpoint: str, request: Mapping[str, JSON]) -> bool:
+    """True if the client itself asked for logprobs, so that they must reach it."""
+    if endpoint == RESPONSES:
+        include = request.get("include")
+        return isinstance(include, list) and "message.output_text.logprobs" in include
+    if endpoint == COMPLETIONS:
+        return request.get("logprobs") is not None
+    return bool(request.get("logprobs"))
+
+
+def with_logprobs(endpoint: str, body: bytes, request: Mapping[str, JSON], top: int) -> bytes:
+    """The request body, asking for logprobs with `top` alternatives.
+
+    All other bytes are untouched unless the client wrote the same keys, in which case the object is written anew.
+    """
+    if endpoint == RESPONSES:
+        include = request.get("include")
+        asked = include if isinstance(include, list) else []
+        added: dict[str, JSON] = {
+            "include": [*asked, "message.output_text.logprobs"],
+            "top_logprobs": top,
+        }
+    elif endpoint == COMPLETIONS:
+        added = {"logprobs": top}
+    else:
+        added = {"logprobs": True, "top_logprobs": top}
+    if any(name in request for name in added):
+        return orjson.dumps({**request, **added})
+    start = body.index(b"{") + 1
+    separator = b"," if request else b""
+    return body[:start] + orjson.dumps(added)[1:-1] + separator + body[start:]
+
+
+# --------------------------------------------------------------------------------------------------------- responses
+
+
+class _Part(msgspec.Struct, gc=False):
+    type: str = ""
+    text: str | None = None
+    refusal: str | None = None
+    logprobs: msgspec.Raw = NO_RAW
+
+
+class _Function(msgspec.Struct, gc=False):
+    name: str | None = None
+    arguments: str | None = None
+    input: str | None = None
+
+
+class _ToolCall(msgspec.Struct, gc=False):
+    function: _Function | None = None
+    custom: _Function | None = None
+
+
+class _Message(msgspec.Struct, gc=False):
+    content: str | list[_Part] | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+    function_call: _Function | None = None
+
+
+class _Choice(msgspec.Struct, gc=False):
+    message: _Message | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+    logprobs: msgspec.Raw = NO_RAW
+
+
+class _Completion(msgspec.Struct, gc=False):
+    choices: list[_Choice]
+    id: str = ""
+    model: str = ""
+
+
+class _Item(msgspec.Struct, gc=False):
+    type: str = ""
+    name: str | None = None
+    arguments: str | None = None
+    input: str | None = None
+    content: str | list[_Part] | None = None
+    summary: list[_Part] | None = None
+
+
+class _Incomplete(msgspec.Struct, gc=False):
+    reason: str | None = None
+
+
+class _Response(msgspec.Struct, gc=False):
+    output: list[_Item]
+    id: str = ""
+    model: str = ""
+    status: str | None = None
+    incomplete_details: _Incomplete | None = None
+
+
+class _ChatLogprobs(msgspec.Struct, gc=False):
+    content: list[TokenLogprob] | None = None
+    refusal: list[TokenLogprob] | None = None
+
+
+class _LegacyLogprobs(msgspec.Struct, gc=False):
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+_COMPLETION = msgspec.json.Decoder(_Completion)
+_RESPONSE = msgspec.json.Decoder(_Response)
+_CHAT_LOGPROBS = msgspec.json.Decoder(_ChatLogprobs | None)
+_LEGACY_LOGPROBS = msgspec.json.Decoder(_LegacyLogprobs | None)
+_TOKENS = msgspec.json.Decoder(list[TokenLogprob] | None)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a response body says.
+
+    `logprob_spans` are the byte ranges of the values of every non-null `logprobs` key, in order; cutting them out
+    (`without_logprobs`) leaves a body that is what a client that did not ask would have got.
+    """
+
+    choices: tuple[Choice, ...]
+    upstream_id: str | None
+    model: str
+    logprob_spans: tuple[tuple[int, int], ...]
+
+
+def read_response(endpoint: str, body: bytes) -> Reading:
+    """Read a non-streamed 2xx body of a checked endpoint.
+
+    Raises
+    ------
+    Unreadable
+        If it is not such a body.
+    """
+    try:
+        if endpoint == RESPONSES:
+            return _read_responses(body)
+        return _read_choices(endpoint, body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise Unreadable(
+            f"The provider's answer is not what {PATH_OF[endpoint]} should give: {error}."
+        ) from error
+
+
+def _read_choices(endpoint: str, body: bytes) -> Reading:
+    completion = _COMPLETION.decode(body)
+    choices, raws = [], []
+    for number, choice in enumerate(completion.choices):
+        path = f"choices[{number}]"
+        raws.append(choice.logprobs)
+        if endpoint == COMPLETIONS:
+            texts = (Passage(f"{path}.text", choice.text or ""),)
+            logprobs = _legacy_tokens(_LEGACY_LOGPROBS.decode(choice.logprobs))
+            choices.append(
+                Choice(path, texts, finish_reason=choice.finish_reason, logprobs=logprobs)
+            )
+        else:
+            spoken = _CHAT_LOGPROBS.decode(choice.logprobs)
+            tokens = (spoken.content or spoken.refusal) if spoken else None
+            choices.append(_read_message(path, choice, tokens))
+    spans = _spans(body, raws)
+    return Reading(tuple(choices), completion.id or None, completion.model, spans)
+
+
+def _read_message(path: str, choice: _Choice, logprobs: list[TokenLogprob] | None) -> Choice:
+    message = choice.message or _Message()
+    path_m = f"{path}.message"
+    texts: list[Passage] = []
+    refusals: list[Passage] = []
+    if isinstance(message.content, str):
+        texts.append(Passage(f"{path_m}.content", message.content))
+    for number, part in enumerate(message.content if isinstance(message.content, list) else ()):
+        _read_part(f"{path_m}.content[{number}]", part, texts, refusals)
+    if message.refusal:
+        refusals.append(Passage(f"{path_m}.refusal", message.refusal))
+    reasonings = tuple(
+        Passage(f"{path_m}.{name}", text)
+        for name in ("reasoning_content", "reasoning")
+        if (text := getattr(message, name))
+    )
+    calls = [
+        _tool_call(f"{path_m}.tool_calls[{number}].{kind}", function)
+        for number, call in enumerate(message.tool_calls or ())
+        for kind, function in (("function", call.function), ("custom", call.custom))
+        if function is not None
+    ]
+    if message.function_call is not None:
+        calls.append(_tool_call(f"{path_m}.function_call", message.function_call))
+    return Choice(
+        path,
+        tuple(texts),
+        tuple(refusals),
+        reasonings,
+        tuple(calls),
+        choice.finish_reason,
+        logprobs,
+    )
+
+
+def _read_part(path: str, part: _Part, texts: list[Passage], refusals: list[Passage]) -> None:
+    if part.text is not None:
+        texts.append(Passage(f"{path}.text", part.text))
+    if part.refusal is not None:
+        refusals.append(Passage(f"{path}.refusal", part.refusal))
+
+
+def _tool_call(path: str, function: _Function | _Item) -> ToolCall:
+    if function.arguments is None and function.input is not None:
+        return ToolCall(function.name or "", Passage(f"{path}.input", function.input))
+    return ToolCall(function.name or "", Passage(f"{path}.arguments", function.arguments or ""))
+
+
+def _read_responses(body: bytes) -> Reading:
+    response = _RESPONSE.decode(body)
+    texts: list[Passage] = []
+    refusals: list[Passage] = []
+    reasonings: list[Passage] = []
+    calls: list[ToolCall] = []
+    raws: list[msgspec.Raw] = []
+    tokens: list[TokenLogprob] = []
+    for number, item in enumerate(response.output):
+        path = f"output[{number}]"
+        into = reasonings if item.type == "reasoning" else texts
+        if isinstance(item.content, str):
+            into.append(Passage(f"{path}.content", item.content))
+        for kind, parts in (("summary", item.summary), ("content", item.content)):
+            for position, part in enumerate(parts if isinstance(parts, list) else ()):
+                _read_part(f"{path}.{kind}[{position}]", part, into, refusals)
+                raws.append(part.logprobs)
+                tokens += _TOKENS.decode(part.logprobs) or ()
+        if item.arguments is not None or item.input is not None:
+            calls.append(_tool_call(path, item))
+    reason = response.incomplete_details.reason if response.incomplete_details else None
+    finish = {"max_output_tokens": "length"}.get(reason or "", reason) or response.status
+    choice = Choice(
+        "output",
+        tuple(texts),
+        tuple(refusals),
+        tuple(reasonings),
+        tuple(calls),
+        finish,
+        tokens or None,
+    )
+    spans = _spans(body, raws)
+    return Reading((choice,), response.id or None, response.model, spans)
+
+
+def _legacy_tokens(logprobs: _LegacyLogprobs | None) -> list[TokenLogprob] | None:
+    if logprobs is None:
+        return None
+    tops = logprobs.top_logprobs or [None] * len(logprobs.tokens)
+    return [
+        TokenLogprob(logprob, token, [TopLogprob(p, t) for t, p in top.items()] if top else None)
+        for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, tops, strict=False)
+    ]
+
+
+def _spans(body: bytes, raws: Sequence[msgspec.Raw]) -> tuple[tuple[int, int], ...]:
+    spans = []
+    position = 0
+    for raw in raws:
+        value = bytes(raw)
+        if value in (b"null", b"[]"):
+            continue
+        start = body.find(value, position)
+        position = start + len(value)
+        spans.append((start, position))
+    return tuple(spans)
+
+
+def without_logprobs(body: bytes, reading: Reading) -> bytes:
+    """The body with every `logprobs` value nulled (emptied, for responses), all other bytes untouched."""
+    if not reading.logprob_spans:
+        return body
+    empty = b"[]" if reading.choices and reading.choices[0].path == "output" else b"null"
+    pieces: list[bytes] = []
+    position = 0
+    for start, end in reading.logprob_spans:
+        pieces += (body[position:start], empty)
+        position = end
+    return b"".join((*pieces, body[position:]))
+
+
+# ------------------------------------------------------------------------------------------------------------- edits
+
+_STEP = re.compile(r"([A-Za-z_]+)((?:\[\d+\])*)")
+
+
+def with_texts(body: bytes, texts: Mapping[str, str], reading: Reading) -> bytes:
+    """The body with the passages at these paths replaced.
+
+    Logprobs are removed: they would speak of (and spell out) tokens that are no longer there.
+
+    Raises
+    ------
+    KeyError
+        If a path is not that of a passage of this body.
+    """
+    document = orjson.loads(without_logprobs(body, reading))
+    known = {passage.path for choice in reading.choices for passage in passages_of(choice)}
+    for path, text in texts.items():
+        if path not in known:
+            raise KeyError(path)
+        holder, key = _locate(document, path)
+        holder[key] = text
+    if "output_text" in document:
+        document["output_text"] = "".join(
+            p.text for p in read_response(RESPONSES, orjson.dumps(document)).choices[0].texts
+        )
+    return orjson.dumps(document)
+
+
+def passages_of(choice: Choice) -> Iterator[Passage]:
+    """Every passage of a choice that a reviewer may correct or a check may redact."""
+    yield from choice.texts
+    yield from choice.refusals
+    yield from choice.reasonings
+    yield from (call.arguments for call in choice.tool_calls)
+
+
+def _locate(document: Any, path: str) -> tuple[Any, str | int]:
+    steps: list[str | int] = []
+    for name, indices in _STEP.findall(path):
+        steps.append(name)
+        steps += (int(index) for index in indices[1:-1].split("][") if index)
+    for step in steps[:-1]:
+        document = document[step]
+    return document, steps[-1]
+
+
+def redacted_texts(reading: Reading, redactions: Iterable[Finding]) -> dict[str, str]:
+    """The new text of every passage of a response that a redaction touches, by path."""
+    return masked_texts([p for choice in reading.choices for p in passages_of(choice)], redactions)
+
+
+def masked_texts(passages: Iterable[Passage], findings: Iterable[Finding]) -> dict[str, str]:
+    """The new text of every passage that a finding touches, by path.
+
+    A finding inside JSON (`path#/pointer`) masks that string of the parsed document. Overlapping spans are masked once, as
+    the union of both.
+    """
+    by_path: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_path.setdefault(finding.path, []).append(finding)
+    texts = {passage.path: passage.text for passage in passages}
+    changed: dict[str, str] = {}
+    for path, found in sorted(by_path.items(), reverse=True):
+        passage, _, pointer = path.partition("#")
+        before = changed.get(passage, texts[passage])
+        if not pointer:
+            changed[passage] = _mask(before, found)
+            continue
+        document = orjson.loads(before)
+        holder, key = _resolve_pointer(document, pointer)
+        holder[key] = _mask(holder[key], found)
+        changed[passage] = orjson.dumps(document).decode()
+    return changed
+
+
+def _mask(text: str, findings: Iterable[Finding]) -> str:
+    merged: list[tuple[int, int, str]] = []
+    for finding in sorted((f for f in findings if f.span), key=lambda f: f.span or (0, 0)):
+        start, end = cast("tuple[int, int]", finding.span)
+        if merged and start < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]), merged[-1][2])
+        else:
+            merged.append((start, end, finding.replacement or "[redacted]"))
+    for start, end, replacement in reversed(merged):
+        text = text[:start] + replacement + text[end:]
+    return text
+
+
+def _resolve_pointer(document: Any, pointer: str) -> tuple[Any, str | int]:
+    """The holder and key that a JSON Pointer (RFC 6901) names."""
+    keys = [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]]
+    for key in keys[:-1]:
+        document = document[int(key)] if isinstance(document, list) else document[key]
+    return document, int(keys[-1]) if isinstance(document, list) else keys[-1]

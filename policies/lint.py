@@ -1,0 +1,133 @@
+"""What a policy says that cannot be meant: refusals and warnings, each with its path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from policies.match import matches_everything
+from policies.model import Band, Policy, RiskTier, StreamMode
+from policies.source import Path
+from policies.streaming import obstacles, reachable_tiers
+from validators import OnFail
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """Something about the value at `path`; one that `refuses` keeps the policy from loading."""
+
+    path: Path
+    message: str
+    refuses: bool = True
+
+
+def lint(policy: Policy) -> list[Remark]:
+    """Everything about a policy that contradicts itself, cannot be done, or has no effect."""
+    return [
+        *_names(policy),
+        *_checks(policy),
+        *_risk(policy),
+        *_stage_conditions(policy),
+        *_confidence(policy),
+        *_stream(policy),
+        *_thresholds(policy),
+        *_matrix(policy),
+        *_hold(policy),
+    ]
+
+
+def unreachable(policies: Sequence[Policy]) -> Iterator[tuple[int, str]]:
+    """The indices of the policies no request gets to, each with the reason."""
+    catch_all: Policy | None = None
+    for index, policy in enumerate(policies):
+        if catch_all is not None:
+            yield index, f"never used: policy '{catch_all.policy}' before it matches every request"
+        elif matches_everything(policy.match):
+            catch_all = policy
+
+
+def _names(policy: Policy) -> Iterator[Remark]:
+    stages: set[str] = set()
+    checks: set[str] = set()
+    for at, stage in enumerate(policy.stages):
+        if stage.name in stages:
+            yield Remark(("stages", at, "name"), f"a stage '{stage.name}' is already there")
+        stages.add(stage.name)
+        for index, check in enumerate(stage.checks):
+            if check.id in checks:
+                path = ("stages", at, "checks", index, "id")
+                yield Remark(path, f"a check with the id '{check.id}' is already there")
+            checks.add(check.id)
+
+
+def _checks(policy: Policy) -> Iterator[Remark]:
+    for at, stage in enumerate(policy.stages):
+        for index, check in enumerate(stage.checks):
+            path = ("stages", at, "checks", index, "on_fail")
+            if check.on_fail is OnFail.REGENERATE and policy.regenerate.attempts == 0:
+                yield Remark(path, "regenerate needs 'regenerate: {attempts: 1}' or more")
+
+
+def _risk(policy: Policy) -> Iterator[Remark]:
+    base = policy.risk.base
+    for at, rule in enumerate(policy.risk.raise_):
+        if rule.to.rank <= base.rank:
+            message = f"never raises anything: the base is already {base}"
+            yield Remark(("risk", "raise", at, "to"), message, refuses=False)
+
+
+def _stage_conditions(policy: Policy) -> Iterator[Remark]:
+    known: set[str] = set()
+    for at, stage in enumerate(policy.stages):
+        if stage.when is not None:
+            for check in sorted(policy.expression(stage.when).checks - known):
+                message = f"check '{check}' has not run by then; refer to checks of earlier stages"
+                yield Remark(("stages", at, "when"), message)
+        known |= {check.id for check in stage.checks}
+
+
+def _confidence(policy: Policy) -> Iterator[Remark]:
+    if policy.confidence.calibrator is not None:
+        return
+    conditions: list[tuple[Path, str | None]] = [
+        *((("stages", at, "when"), stage.when) for at, stage in enumerate(policy.stages)),
+        *((("risk", "raise", at, "when"), rule.when) for at, rule in enumerate(policy.risk.raise_)),
+    ]
+    for path, when in conditions:
+        if when is not None and "confidence" in policy.expression(when).names:
+            message = "confidence is never known without 'confidence: {calibrator: ...}'"
+            yield Remark(path, message, refuses=False)
+
+
+def _stream(policy: Policy) -> Iterator[Remark]:
+    if policy.stream in (StreamMode.AUTO, StreamMode.BUFFER):
+        return
+    for path, what in obstacles(policy, policy.stream):
+        message = f"'stream: {policy.stream}' cannot honour {what}; use 'stream: auto'"
+        yield Remark(path, message)
+
+
+def _thresholds(policy: Policy) -> Iterator[Remark]:
+    for tier in reachable_tiers(policy):
+        pair = policy.thresholds.of(tier)
+        if pair.confident == 0:
+            own = () if pair is policy.thresholds else (tier.value,)
+            message = f"with 0 every response of tier {tier} is confident"
+            yield Remark(("thresholds", *own, "confident"), message, refuses=False)
+
+
+def _matrix(policy: Policy) -> Iterator[Remark]:
+    for lower, higher in pairwise(RiskTier):
+        for band in Band:
+            below = policy.matrix.of(lower).of(band).action
+            action = policy.matrix.of(higher).of(band).action
+            if action.severity < below.severity:
+                message = f"'{action}' for {higher} is milder than '{below}' for {lower}"
+                yield Remark(("matrix", higher.value, band.value), message, refuses=False)
+
+
+def _hold(policy: Policy) -> Iterator[Remark]:
+    if policy.hold.on_deadline == "release" and RiskTier.CRITICAL in reachable_tiers(policy):
+        message = "responses of tier critical are never released; at the deadline they are rejected"
+        yield Remark(("hold", "on_deadline"), message, refuses=False)

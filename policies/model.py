@@ -1,0 +1,324 @@
+"""The policy document: what the YAML may say, as frozen values.
+
+Loading (`policies.loading`) turns text into a `Policy`; nothing here reads files. Durations are
+written `50s`, `30m`, `4h` and are seconds inside.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+
+from policies.expressions import Expression, compile_expression
+from validators import AnyValidator
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_duration_s(value: object) -> object:
+    """Seconds of a duration such as `50s`, `1h30m` or `0s`; what is not text comes back as it is.
+
+    Raises
+    ------
+    ValueError
+        If the text is not a sequence of numbers each with a unit ms, s, m, h or d.
+    """
+    if not isinstance(value, str):
+        return value
+    parts = _DURATION.findall(value)
+    if not parts or "".join(number + unit for number, unit in parts) != value.strip():
+        raise ValueError(
+            f"{value!r} is not a duration; write a number and a unit, such as 50s, 30m or 4h"
+        )
+    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+def _duration(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f"{value} has no unit; write {value:g}s, {value:g}m or {value:g}h")
+    return parse_duration_s(value)
+
+
+DurationS = Annotated[
+    float, Field(ge=0, le=30 * 86400), BeforeValidator(_duration, json_schema_input_type=str)
+]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
+Glob = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class RiskTier(StrEnum):
+    """How much a wrong answer costs; the second axis beside confidence. Ordered by `rank`."""
+
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+    CRITICAL = "critical"
+
+    @property
+    def rank(self) -> int:
+        """0 for low to 3 for critical."""
+        return _RANKS[self]
+
+
+_RANKS = {tier: rank for rank, tier in enumerate(RiskTier)}
+
+
+class Band(StrEnum):
+    """Where a confidence lies between the two thresholds."""
+
+    CONFIDENT = "confident"
+    UNSURE = "unsure"
+    DOUBTFUL = "doubtful"
+
+
+class Action(StrEnum):
+    """What happens to a response. A total order: block > hold > flag > return, by `severity`."""
+
+    RETURN = "return"
+    FLAG = "flag"
+    HOLD = "hold"
+    BLOCK = "block"
+
+    @property
+    def severity(self) -> int:
+        """0 for return to 3 for block."""
+        return _SEVERITIES[self]
+
+
+_SEVERITIES = {action: severity for severity, action in enumerate(Action)}
+
+
+class Mode(StrEnum):
+    """`enforce` acts on the decision; `observe` decides and records, and always returns."""
+
+    ENFORCE = "enforce"
+    OBSERVE = "observe"
+
+
+class StreamMode(StrEnum):
+    """How a streamed response is checked; see the design, section 6."""
+
+    AUTO = "auto"
+    BUFFER = "buffer"
+    WINDOW = "window"
+    OBSERVE = "observe"
+
+
+class Document(BaseModel):
+    """A mapping in the document: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Condition(Document):
+    """What a request must be for a policy to apply. All keys given must hold.
+
+    Patterns are globs (`gpt-*`) and never match what a request does not name.
+    `tool` holds if the request offers a tool of that name. An empty condition always holds.
+    """
+
+    task: Glob | None = None
+    model: Glob | None = None
+    tool: Glob | None = None
+    endpoint: Literal["chat", "completions", "responses"] | None = None
+    key: Glob | None = Field(default=None, description="name of the API key the request came with")
+    context: dict[str, Glob] = Field(default_factory=dict)
+    any: tuple[Condition, ...] | None = Field(default=None, min_length=1)
+    all: tuple[Condition, ...] | None = Field(default=None, min_length=1)
+    not_: Condition | None = Field(default=None, alias="not")
+
+
+class RaiseRule(Document):
+    """Raise the risk to `to` when the CEL expression `when` holds."""
+
+    to: RiskTier
+    when: str
+
+
+class Risk(Document):
+    """A base tier, raised (never lowered) by what is in the request or the response."""
+
+    base: RiskTier = RiskTier.MEDIUM
+    raise_: tuple[RaiseRule, ...] = Field(default=(), alias="raise")
+
+
+class Stage(Document):
+    """Checks that run together. Skipped if `when` (CEL) does not hold."""
+
+    name: Name
+    when: str | None = None
+    checks: tuple[AnyValidator, ...] = Field(min_length=1)
+
+
+class Confidence(Document):
+    """Where confidence comes from, and what happens to a response that has none.
+
+    `source: logprob` asks the provider for logprobs, `none` does not. Without a calibrator nothing
+    is called confidence.
+    """
+
+    source: Literal["logprob", "none"] = "logprob"
+    calibrator: Name | None = None
+    when_uncalibrated: Literal["return", "flag", "hold"]
+
+
+class ThresholdPair(Document):
+    """Confidence >= `confident` is confident, >= `unsure` is unsure, anything lower is doubtful."""
+
+    confident: Probability
+    unsure: Probability
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ThresholdPair:
+        if self.unsure > self.confident:
+            raise ValueError(
+                f"unsure ({self.unsure}) must not be above confident ({self.confident})"
+            )
+        return self
+
+
+class Thresholds(ThresholdPair):
+    """The two thresholds, for all tiers or (`low:` … `critical:`) for one."""
+
+    confident: Probability = 0.95
+    unsure: Probability = 0.60
+    low: ThresholdPair | None = None
+    medium: ThresholdPair | None = None
+    high: ThresholdPair | None = None
+    critical: ThresholdPair | None = None
+
+    def of(self, tier: RiskTier) -> ThresholdPair:
+        """The pair that applies to a tier."""
+        own: ThresholdPair | None = getattr(self, tier.value)
+        return own or self
+
+
+class Cell(Document):
+    """An action, and for `return` the share of responses sampled for audit, if not `audit.rate`."""
+
+    action: Action
+    audit: Probability | None = None
+
+
+def _as_cell(value: object) -> object:
+    return {"action": value} if isinstance(value, str) else value
+
+
+AnyCell = Annotated[Cell, BeforeValidator(_as_cell, json_schema_input_type=Action | Cell)]
+
+
+class Row(Document):
+    """The actions of one tier."""
+
+    confident: AnyCell
+    unsure: AnyCell
+    doubtful: AnyCell
+
+    def of(self, band: Band) -> Cell:
+        """The cell of a band."""
+        cell: Cell = getattr(self, band.value)
+        return cell
+
+
+def _row(confident: Cell, unsure: Action, doubtful: Action) -> Row:
+    return Row(confident=confident, unsure=Cell(action=unsure), doubtful=Cell(action=doubtful))
+
+
+class Matrix(Document):
+    """The risk matrix: tier x band -> action. Rows not written keep the defaults."""
+
+    low: Row = _row(Cell(action=Action.RETURN), Action.FLAG, Action.FLAG)
+    medium: Row = _row(Cell(action=Action.RETURN), Action.FLAG, Action.HOLD)
+    high: Row = _row(Cell(action=Action.RETURN, audit=0.15), Action.HOLD, Action.HOLD)
+    critical: Row = _row(Cell(action=Action.HOLD), Action.HOLD, Action.HOLD)
+
+    def of(self, tier: RiskTier) -> Row:
+        """The row of a tier."""
+        row: Row = getattr(self, tier.value)
+        return row
+
+
+class Regenerate(Document):
+    """How often a response that fails `on_fail: regenerate` is asked for again before a hold."""
+
+    attempts: Annotated[int, Field(ge=0, le=5)] = 0
+
+
+class Hold(Document):
+    """What a hold is: `wait`, how long the client waits; `deadline`, when the hold itself is due.
+
+    `on_deadline: reject` refuses the response; `release` returns it with a notice, only below tier
+    critical. `as: placeholder` answers at once with a 200 that says the response is held, for chat
+    interfaces.
+    """
+
+    wait: DurationS = 50.0
+    deadline: DurationS = 1800.0
+    on_deadline: Literal["reject", "release"] = "reject"
+    as_: Literal["error", "placeholder"] = Field(default="error", alias="as")
+
+
+class Audit(Document):
+    """Share of returned responses that is sampled for review after the fact."""
+
+    rate: Probability = 0.0
+
+
+class Policy(Document):
+    """One policy document.
+
+    Raises `ExpressionError` when it is made with an expression that does not compile.
+    """
+
+    policy: Name
+    version: Annotated[int, Field(ge=1)] = 1
+    mode: Mode = Mode.ENFORCE
+    match: Condition = Condition()
+    risk: Risk = Risk()
+    stages: tuple[Stage, ...] = ()
+    confidence: Confidence
+    thresholds: Thresholds = Thresholds()
+    matrix: Matrix = Matrix()
+    regenerate: Regenerate = Regenerate()
+    hold: Hold = Hold()
+    audit: Audit = Audit()
+    stream: StreamMode = StreamMode.AUTO
+    content: Literal["full", "redacted", "digest"] = Field(
+        default="full",
+        description="what is kept of prompts and responses once no review needs them",
+    )
+
+    _digest: str = PrivateAttr(default="")
+    _expressions: dict[str, Expression] = PrivateAttr(default_factory=dict)
+    _stream: StreamMode | None = PrivateAttr(default=None)
+
+    def model_post_init(self, context: object, /) -> None:
+        """Compile every expression against the ids of this policy's checks."""
+        sources = [rule.when for rule in self.risk.raise_]
+        sources += [stage.when for stage in self.stages if stage.when is not None]
+        ids = [check.id for check in self.checks]
+        self._expressions = {source: compile_expression(source, ids) for source in sources}
+
+    @property
+    def checks(self) -> tuple[AnyValidator, ...]:
+        """Every check of every stage, in order."""
+        return tuple(check for stage in self.stages for check in stage.checks)
+
+    def expression(self, when: str) -> Expression:
+        """The compiled form of one of the policy's `when` texts."""
+        return self._expressions[when]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that determines its decisions; empty if it was not loaded."""
+        return self._digest
+
+    @property
+    def label(self) -> str:
+        """The name and the first 12 digits of the digest, `refunds@0123456789ab`."""
+        return f"{self.policy}@{self.digest[:12]}"

@@ -1,0 +1,474 @@
+"""Decisions: the risk matrix, the total order, what every on_fail and on_error comes to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies.calibration import Calibrator, Platt, SignalScore, checks_digest
+from policies.decision import (
+    Decision,
+    Estimate,
+    Evidence,
+    Reason,
+    Zone,
+    decide,
+    estimate,
+    most_severe,
+    to_json,
+)
+from policies.model import Action, Band, Mode, Policy, RiskTier
+from policies.risk import RiskAssessment
+from policies.signals import Absence
+from tests.policies.build import Says, policy, says, stage
+from validators import MAX_FINDINGS, CheckResult, Finding, OnError, OnFail, Outcome
+
+RETURN, FLAG, HOLD, BLOCK = Action.RETURN, Action.FLAG, Action.HOLD, Action.BLOCK
+SURE = Estimate(0.99, 0.99, "logprob", "demo")
+UNKNOWN = Estimate(0.99, uncalibrated="there is no calibrator")
+MASK = Finding("choices[0].message.content", "an e-mail address", (3, 9), "pii", "[email]")
+SIGNALS = {"mean_logprob": -0.1}
+
+checks = st.builds(
+    says,
+    st.from_regex(r"[a-z]{12}", fullmatch=True),
+    st.sampled_from(Outcome),
+    st.sampled_from(OnFail),
+    st.sampled_from([None, *OnError]),
+)
+tiers = st.sampled_from(RiskTier)
+estimates = st.one_of(
+    st.just(UNKNOWN),
+    st.floats(min_value=0, max_value=1).map(lambda p: Estimate(p, p, "logprob", "demo")),
+)
+
+
+def evidence_of(*checks: Says, name: str = "rules") -> Evidence:
+    results = {
+        check.id: CheckResult(
+            check.id,
+            check.outcome,
+            score=check.score,
+            findings=check.findings,
+            error="timeout" if check.outcome is Outcome.ERROR else None,
+        )
+        for check in checks
+    }
+    return Evidence().after(name, results)
+
+
+def settle(
+    *checks: Says,
+    tier: RiskTier = RiskTier.LOW,
+    known: Estimate = SURE,
+    draw: float = 0.999,
+    attempts_left: int = 0,
+    **document: Any,
+) -> Decision:
+    """The decision of a policy with one stage of these checks."""
+    return decide(
+        policy(*([stage(*checks)] if checks else []), **document),
+        evidence_of(*checks) if checks else Evidence(),
+        risk=RiskAssessment(tier, (Reason("risk", f"base tier {tier}"),)),
+        estimate=known,
+        draw=draw,
+        attempts_left=attempts_left,
+    )
+
+
+MATRIX = {
+    RiskTier.LOW: (RETURN, FLAG, FLAG),
+    RiskTier.MEDIUM: (RETURN, FLAG, HOLD),
+    RiskTier.HIGH: (RETURN, HOLD, HOLD),
+    RiskTier.CRITICAL: (HOLD, HOLD, HOLD),
+}
+CELLS = [
+    (tier, band, confidence, action)
+    for tier, row in MATRIX.items()
+    for (band, confidence), action in zip(
+        [(Band.CONFIDENT, 0.97), (Band.UNSURE, 0.8), (Band.DOUBTFUL, 0.1)], row, strict=True
+    )
+]
+
+
+@pytest.mark.parametrize(("tier", "band", "confidence", "action"), CELLS)
+def test_default_risk_matrix(tier: RiskTier, band: Band, confidence: float, action: Action) -> None:
+    decision = settle(tier=tier, known=Estimate(0.5, confidence, "logprob", "demo"))
+    assert (decision.action, decision.intended, decision.band) == (action, action, band)
+    assert decision.confidence == confidence
+
+
+def test_the_matrix_of_the_policy_replaces_the_default_cell() -> None:
+    row = {"confident": "flag", "unsure": "block", "doubtful": "block"}
+    assert settle(matrix={"low": row}).action is FLAG
+    assert settle(matrix={"low": row}, known=replace(SURE, confidence=0.1)).action is BLOCK
+
+
+FAILED = {
+    OnFail.BLOCK: BLOCK,
+    OnFail.HOLD: HOLD,
+    OnFail.FLAG: FLAG,
+    OnFail.REGENERATE: HOLD,
+    OnFail.REDACT: RETURN,
+    OnFail.SCORE: RETURN,
+}
+ERRED = {
+    OnError.BLOCK: BLOCK,
+    OnError.HOLD: HOLD,
+    OnError.FLAG: FLAG,
+    OnError.RETURN: RETURN,
+}
+
+
+@pytest.mark.parametrize(("on_fail", "on_error"), list(product(OnFail, [None, *OnError])))
+@pytest.mark.parametrize("tier", [RiskTier.MEDIUM, RiskTier.HIGH])
+def test_every_on_fail_with_every_on_error(
+    on_fail: OnFail, on_error: OnError | None, tier: RiskTier
+) -> None:
+    default = HOLD if tier is RiskTier.HIGH else FLAG
+    expected = {
+        Outcome.PASS: RETURN,
+        Outcome.FAIL: FAILED[on_fail],
+        Outcome.ERROR: ERRED[on_error] if on_error else default,
+    }
+    for outcome, action in expected.items():
+        decision = settle(says("one", outcome, on_fail, on_error, findings=(MASK,)), tier=tier)
+        spoke = [reason for reason in decision.reasons if reason.source == "check:one"]
+        assert decision.action is action
+        assert len(spoke) == (outcome is not Outcome.PASS)
+
+
+@pytest.mark.parametrize(
+    ("tier", "action"),
+    [
+        (RiskTier.LOW, FLAG),
+        (RiskTier.MEDIUM, FLAG),
+        (RiskTier.HIGH, HOLD),
+        (RiskTier.CRITICAL, HOLD),
+    ],
+)
+def test_a_check_that_could_not_run_fails_closed_by_tier(tier: RiskTier, action: Action) -> None:
+    assert settle(says("one", Outcome.ERROR), tier=tier).action is action
+
+
+def test_a_check_without_a_result_could_not_run() -> None:
+    checked = policy(stage(says("one", on_error=OnError.BLOCK)))
+    decision = decide(
+        checked,
+        Evidence(ran=("rules",)),
+        risk=RiskAssessment(RiskTier.LOW, ()),
+        estimate=SURE,
+        draw=0.5,
+        attempts_left=0,
+    )
+    assert decision.action is BLOCK
+
+
+def test_a_skipped_stage_asks_for_nothing_and_is_recorded() -> None:
+    skipped = Reason("stage:rules", "skipped: risk >= HIGH does not hold")
+    decision = decide(
+        policy(stage(says("one"))),
+        Evidence(skipped=(skipped,)),
+        risk=RiskAssessment(RiskTier.LOW, ()),
+        estimate=SURE,
+        draw=0.5,
+        attempts_left=0,
+    )
+    assert decision.action is RETURN
+    assert skipped in decision.reasons
+
+
+def test_every_reason_that_fires_is_recorded() -> None:
+    decision = settle(
+        says("one", Outcome.FAIL, OnFail.BLOCK, findings=(MASK, MASK)),
+        says("two", Outcome.FAIL, OnFail.FLAG),
+        says("three", Outcome.ERROR, on_error=OnError.HOLD),
+    )
+    assert decision.reasons == (
+        Reason("risk", "base tier low"),
+        Reason("check:one", "failed (block): an e-mail address and 1 more", BLOCK),
+        Reason("check:two", "failed (flag): no details", FLAG),
+        Reason("check:three", "could not run: timeout", HOLD),
+        Reason("matrix", "tier low, confidence 0.990 is confident", RETURN),
+    )
+
+
+@given(st.lists(st.sampled_from([None, *Action])), st.sampled_from([None, *Action]))
+def test_one_more_demand_never_lowers_the_action(
+    demands: list[Action | None], more: Action | None
+) -> None:
+    assert most_severe([*demands, more]).severity >= most_severe(demands).severity
+
+
+@given(st.lists(checks, max_size=6, unique_by=lambda c: c.id), checks, tiers, estimates)
+def test_one_more_check_never_lowers_the_action(
+    some: list[Says], more: Says, tier: RiskTier, known: Estimate
+) -> None:
+    some = [check for check in some if check.id != more.id]
+    before, after = (settle(*each, tier=tier, known=known) for each in (some, [*some, more]))
+    assert after.action.severity >= before.action.severity
+
+
+@given(st.data(), st.lists(checks, max_size=6, unique_by=lambda c: c.id), tiers, estimates)
+def test_the_order_of_checks_does_not_matter(
+    data: st.DataObject, some: list[Says], tier: RiskTier, known: Estimate
+) -> None:
+    shuffled: Sequence[Says] = data.draw(st.permutations(some))
+    first, second = (settle(*each, tier=tier, known=known) for each in (some, shuffled))
+    assert (first.action, first.zone, first.inclusion) == (
+        second.action,
+        second.zone,
+        second.inclusion,
+    )
+    assert sorted(map(repr, first.reasons)) == sorted(map(repr, second.reasons))
+
+
+@given(st.lists(checks, max_size=6, unique_by=lambda c: c.id), tiers, estimates)
+def test_the_action_is_the_most_severe_of_the_recorded_reasons(
+    some: list[Says], tier: RiskTier, known: Estimate
+) -> None:
+    decision = settle(*some, tier=tier, known=known)
+    assert decision.action is most_severe(reason.action for reason in decision.reasons)
+
+
+@pytest.mark.parametrize("uncalibrated", ["return", "flag", "hold"])
+@pytest.mark.parametrize("tier", RiskTier)
+def test_uncalibrated_is_never_milder_than_the_confident_cell(
+    uncalibrated: str, tier: RiskTier
+) -> None:
+    decision = settle(tier=tier, known=UNKNOWN, uncalibrated=uncalibrated)
+    confident = MATRIX[tier][0]
+    assert decision.action is most_severe([Action(uncalibrated), confident])
+    assert (decision.band, decision.confidence, decision.confidence_source) == (None, None, "none")
+    (why,) = [reason for reason in decision.reasons if reason.source == "confidence"]
+    assert "there is no calibrator" in why.message
+    assert ("is the least" in why.message) == (decision.action is not Action(uncalibrated))
+
+
+def test_an_uncalibrated_return_is_audited_as_the_confident_cell_says() -> None:
+    decision = settle(tier=RiskTier.HIGH, known=UNKNOWN, draw=0.1)
+    assert (decision.audit, decision.inclusion) == (True, 0.15)
+
+
+@pytest.mark.parametrize(
+    ("document", "tier", "draw", "audit", "inclusion", "zone"),
+    [
+        ({}, RiskTier.LOW, 0.0, False, 0.0, Zone.AUTO),
+        ({"audit": {"rate": 0.2}}, RiskTier.LOW, 0.19, True, 0.2, Zone.AUTO_AUDIT),
+        ({"audit": {"rate": 0.2}}, RiskTier.LOW, 0.2, False, 0.2, Zone.AUTO),
+        ({"audit": {"rate": 0.9}}, RiskTier.HIGH, 0.5, False, 0.15, Zone.AUTO),
+        ({"audit": {"rate": 1.0}}, RiskTier.LOW, 0.999, True, 1.0, Zone.AUTO_AUDIT),
+        ({"audit": {"rate": 1.0}}, RiskTier.CRITICAL, 0.0, False, 1.0, Zone.ESCALATE),
+    ],
+    ids=["off", "drawn", "not drawn", "cell before policy", "all", "held"],
+)
+def test_audit_is_drawn_with_the_recorded_probability(
+    document: dict[str, Any],
+    tier: RiskTier,
+    draw: float,
+    audit: bool,
+    inclusion: float,
+    zone: Zone,
+) -> None:
+    decision = settle(tier=tier, draw=draw, **document)
+    assert (decision.audit, decision.inclusion, decision.zone) == (audit, inclusion, zone)
+
+
+def test_a_cell_that_names_no_audit_is_not_the_same_as_one_that_names_zero() -> None:
+    row = {"confident": {"action": "return", "audit": 0}, "unsure": "flag", "doubtful": "flag"}
+    decision = settle(matrix={"low": row}, audit={"rate": 1.0}, draw=0.0)
+    assert (decision.audit, decision.inclusion) == (False, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("on_fail", "zone", "inclusion"),
+    [
+        (OnFail.FLAG, Zone.BATCH, 1.0),
+        (OnFail.HOLD, Zone.ESCALATE, 1.0),
+        (OnFail.BLOCK, Zone.ESCALATE, 0.0),
+    ],
+)
+def test_zone_and_inclusion_follow_the_action(
+    on_fail: OnFail, zone: Zone, inclusion: float
+) -> None:
+    decision = settle(says("one", Outcome.FAIL, on_fail), audit={"rate": 0.5}, draw=0.0)
+    assert (decision.zone, decision.inclusion, decision.audit) == (zone, inclusion, False)
+
+
+def test_a_failed_check_may_ask_for_another_attempt() -> None:
+    decision = settle(says("one", Outcome.FAIL, OnFail.REGENERATE), attempts_left=2)
+    assert (decision.regenerate, decision.action) == (True, HOLD)
+    assert Reason("regenerate", "asked for again, attempts left: 2") in decision.reasons
+
+
+@pytest.mark.parametrize(
+    ("other", "attempts_left"),
+    [(says("two"), 0), (says("two", Outcome.FAIL, OnFail.BLOCK), 2)],
+    ids=["none left", "blocked"],
+)
+def test_no_attempt_is_made_in_vain(other: Says, attempts_left: int) -> None:
+    failed = says("one", Outcome.FAIL, OnFail.REGENERATE)
+    decision = settle(failed, other, attempts_left=attempts_left)
+    assert not decision.regenerate
+    assert decision.action.severity >= HOLD.severity
+
+
+def test_an_error_is_no_reason_for_another_attempt() -> None:
+    decision = settle(says("one", Outcome.ERROR, OnFail.REGENERATE), attempts_left=2)
+    assert not decision.regenerate
+
+
+def test_redactions_are_collected_whatever_the_action() -> None:
+    masked = says("one", Outcome.FAIL, OnFail.REDACT, findings=(MASK, MASK))
+    assert settle(masked).action is RETURN
+    assert settle(masked).redactions == (MASK, MASK)
+    held = settle(masked, says("two", Outcome.FAIL, OnFail.HOLD))
+    assert (held.action, held.redactions) == (HOLD, (MASK, MASK))
+
+
+@pytest.mark.parametrize(
+    "findings",
+    [
+        (),
+        (MASK, replace(MASK, span=None)),
+        (MASK, replace(MASK, replacement=None)),
+        (MASK,) * MAX_FINDINGS,
+    ],
+    ids=["nothing located", "no span", "no replacement", "more than are reported"],
+)
+def test_what_cannot_be_redacted_whole_is_held(findings: tuple[Finding, ...]) -> None:
+    decision = settle(says("one", Outcome.FAIL, OnFail.REDACT, findings=findings))
+    assert decision.action is HOLD
+
+
+@given(
+    st.lists(checks, max_size=6, unique_by=lambda c: c.id),
+    tiers,
+    estimates,
+    st.floats(min_value=0, max_value=1, exclude_max=True),
+)
+def test_observe_always_returns_and_enforces_nothing(
+    some: list[Says], tier: RiskTier, known: Estimate, draw: float
+) -> None:
+    shared: dict[str, Any] = {"tier": tier, "known": known, "draw": draw, "attempts_left": 1}
+    observed = settle(*some, mode=Mode.OBSERVE, audit={"rate": 0.25}, **shared)
+    enforced = settle(*some, audit={"rate": 0.25}, **shared)
+    assert observed.action is RETURN
+    assert observed.intended is enforced.action
+    assert (observed.regenerate, observed.redactions) == (False, ())
+    assert observed.zone in {Zone.AUTO, Zone.AUTO_AUDIT}
+    assert observed.audit == (draw < observed.inclusion)
+    if observed.intended is not RETURN:
+        assert observed.inclusion == 0.25
+
+
+def calibrator(**changes: Any) -> Calibrator:
+    fields: dict[str, Any] = {
+        "format": 1,
+        "name": "demo",
+        "created_at": "2026-01-02T03:04:05Z",
+        "source": "logprob",
+        "model": "demo-*",
+        "score": SignalScore(kind="signal", name="mean_logprob"),
+        "n": 10,
+        "calibrator": Platt(kind="platt", a=-1.0, b=0.0),
+    }
+    return Calibrator.model_validate(fields | changes, strict=False)
+
+
+def estimated(
+    checked: Policy, evidence: Evidence, fitted: Calibrator | None, model: str = "demo-orders"
+) -> Estimate:
+    return estimate(checked, evidence, model=model, calibrator=fitted)
+
+
+def test_confidence_comes_from_the_calibrator_and_names_it() -> None:
+    known = estimated(policy(), Evidence(signals=SIGNALS), calibrator())
+    assert (known.source, known.calibrator, known.uncalibrated) == ("logprob", "demo", None)
+    assert known.score == pytest.approx(math.exp(-0.1))
+    assert known.confidence == pytest.approx(math.exp(-0.1))
+
+
+@pytest.mark.parametrize(
+    ("evidence", "fitted", "why"),
+    [
+        (Evidence(signals=SIGNALS), None, "there is no calibrator"),
+        (Evidence(signals=SIGNALS), calibrator(model="gpt-*"), "is for model gpt-*"),
+        (Evidence(signals=SIGNALS), calibrator(checks_digest="a" * 64), "stale"),
+        (Evidence(signals={"n_tokens": 3.0}), calibrator(), "needs the signal"),
+        *[
+            (Evidence(signals_absent=absence), calibrator(), f"logprobs are {absence}")
+            for absence in Absence
+        ],
+    ],
+)
+def test_without_a_fitting_calibrator_there_is_no_confidence(
+    evidence: Evidence, fitted: Calibrator | None, why: str
+) -> None:
+    known = estimated(policy(), evidence, fitted)
+    assert (known.confidence, known.source, known.calibrator) == (None, "none", None)
+    assert why in (known.uncalibrated or "")
+
+
+def test_a_policy_that_asks_for_no_logprobs_has_no_confidence() -> None:
+    checked = policy(confidence={"source": "none"})
+    assert estimated(checked, Evidence(signals=SIGNALS), calibrator()).confidence is None
+
+
+def test_a_failed_score_check_lowers_score_and_confidence() -> None:
+    feeding = says("one", Outcome.FAIL, OnFail.SCORE, score=0.2)
+    checked = policy(stage(feeding))
+    fitted = calibrator(checks_digest=checks_digest([feeding]))
+    evidence = replace(evidence_of(feeding), signals=SIGNALS)
+    known = estimated(checked, evidence, fitted)
+    assert known.score == 0.2
+    assert known.confidence == pytest.approx(0.2)
+
+
+def test_a_score_check_that_could_not_tell_leaves_nothing_to_calibrate() -> None:
+    feeding = says("one", Outcome.ERROR, OnFail.SCORE)
+    fitted = calibrator(checks_digest=checks_digest([feeding]))
+    evidence = replace(evidence_of(feeding), signals=SIGNALS)
+    known = estimated(policy(stage(feeding)), evidence, fitted)
+    assert (known.score, known.confidence) == (None, None)
+
+
+def test_the_record_is_plain_json() -> None:
+    failed = says("one", Outcome.FAIL, OnFail.REDACT, findings=(MASK,), score=0.0)
+    evidence = replace(evidence_of(failed), signals=SIGNALS, skipped=(Reason("stage:x", "why"),))
+    record = to_json(settle(failed, tier=RiskTier.HIGH), evidence)
+    assert json.loads(json.dumps(record)) == record
+    decision, seen = record["decision"], record["evidence"]
+    assert isinstance(decision, dict)
+    assert isinstance(seen, dict)
+    assert type(decision["action"]) is str
+    assert decision["action"] == "return"
+    assert decision["risk"] == "high"
+    assert decision["band"] == "confident"
+    assert decision["redactions"] == [
+        {
+            "path": "choices[0].message.content",
+            "message": "an e-mail address",
+            "span": [3, 9],
+            "rule": "pii",
+            "replacement": "[email]",
+        }
+    ]
+    assert seen["signals"] == SIGNALS
+    assert seen["skipped"] == [{"source": "stage:x", "message": "why", "action": None}]
+    assert isinstance(seen["results"], dict)
+    assert seen["results"].keys() == {"one"}
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_record() -> None:
+    record = to_json(settle(), Evidence(signals={"mean_logprob": math.nan}))
+    assert isinstance(record["evidence"], dict)
+    assert record["evidence"]["signals"] == {"mean_logprob": None}

@@ -1,0 +1,46 @@
+"""Bands: where a confidence lies between two thresholds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies.model import Band, RiskTier, ThresholdPair, Thresholds
+from policies.thresholds import band
+
+PROBABILITY = st.floats(min_value=0, max_value=1)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "expected"),
+    [
+        (1.0, Band.CONFIDENT),
+        (0.95, Band.CONFIDENT),
+        (0.9499, Band.UNSURE),
+        (0.6, Band.UNSURE),
+        (0.5999, Band.DOUBTFUL),
+        (0.0, Band.DOUBTFUL),
+        (math.nan, Band.DOUBTFUL),
+    ],
+)
+def test_thresholds_belong_to_the_band_above(confidence: float, expected: Band) -> None:
+    assert band(confidence, Thresholds(confident=0.95, unsure=0.6), RiskTier.LOW) is expected
+
+
+def test_a_tier_may_have_thresholds_of_its_own() -> None:
+    thresholds = Thresholds(critical=ThresholdPair(confident=0.999, unsure=0.99))
+    assert band(0.97, thresholds, RiskTier.CRITICAL) is Band.DOUBTFUL
+    assert band(0.97, thresholds, RiskTier.HIGH) is Band.CONFIDENT
+
+
+@given(PROBABILITY, PROBABILITY, PROBABILITY, PROBABILITY)
+def test_more_confidence_is_never_a_worse_band(a: float, b: float, c: float, d: float) -> None:
+    unsure, confident = sorted((a, b))
+    low, high = sorted((c, d))
+    thresholds = Thresholds(confident=confident, unsure=unsure)
+    order = [Band.DOUBTFUL, Band.UNSURE, Band.CONFIDENT]
+    lower, higher = (band(each, thresholds, RiskTier.HIGH) for each in (low, high))
+    assert order.index(lower) <= order.index(higher)

@@ -1,0 +1,171 @@
+"""Real, throw-away PostgreSQL and Redis servers for the tests and benchmarks; both can be killed and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+_START_S = 30.0
+
+
+class ServiceMissing(Exception):
+    """A server that the tests need is not installed."""
+
+
+def _program(name: str) -> str:
+    """The newest installed program of that name; Debian keeps PostgreSQL's out of PATH."""
+    debian = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=_version, reverse=True)
+    found = shutil.which(name) or (str(debian[0]) if debian else None)
+    if found is None:
+        raise ServiceMissing(
+            f"{name} is not installed and `make test` skips nothing: "
+            "run `make setup`, or install postgresql and redis-server"
+        )
+    return found
+
+
+def _version(program: Path) -> int:
+    name = program.parent.parent.name
+    return int(name) if name.isdigit() else 0
+
+
+class _Server:
+    """A server process in the foreground, in a folder of its own."""
+
+    def __init__(self, kind: str, *, user: str | None = None) -> None:
+        # Not pytest's tmp_path: the path of a unix socket is limited to 107 bytes, and `user` must get in.
+        self.folder = Path(tempfile.mkdtemp(prefix=f"holdgate-{kind}-"))
+        self._user = user if user and os.geteuid() == 0 else None
+        if self._user:
+            shutil.chown(self.folder, self._user)
+        self._log = (self.folder / "log").open("ab")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def _spawn(self, command: list[str], ready: Path) -> None:
+        ready.unlink(missing_ok=True)
+        self._process = subprocess.Popen(
+            command, stdout=self._log, stderr=self._log, user=self._user, cwd=self.folder
+        )
+        deadline_s = time.monotonic() + _START_S
+        while not _listens(ready):
+            if self._process.poll() is not None or time.monotonic() > deadline_s:
+                raise RuntimeError((self.folder / "log").read_text())
+            time.sleep(0.01)
+
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """End the process without warning, and wait until it is gone."""
+        assert self._process is not None
+        self._process.send_signal(how)
+        self._process.wait(_START_S)
+
+    def remove(self) -> None:
+        """Stop the server if it runs and delete its folder."""
+        if self._process is not None and self._process.poll() is None:
+            self.kill(signal.SIGQUIT)
+        self._log.close()
+        shutil.rmtree(self.folder)
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+class Postgres(_Server):
+    """A PostgreSQL cluster on a unix socket. `durable`: with fsync, for measurements."""
+
+    def __init__(self, *, durable: bool = False) -> None:
+        super().__init__("postgres", user="postgres")
+        initdb = [_program("initdb"), "-D", "data", "-U", "holdgate", "-A", "trust", "-E", "UTF8"]
+        subprocess.run(
+            [*initdb, "--no-sync", "--no-locale"],
+            check=True,
+            stdout=self._log,
+            stderr=self._log,
+            user=self._user,
+            cwd=self.folder,
+        )
+        self._durable = durable
+        self.start()
+
+    def start(self) -> None:
+        """Start, or start again after `kill`; what was committed is there."""
+        settings = {
+            "listen_addresses": "",
+            "unix_socket_directories": str(self.folder),
+            "fsync": "on" if self._durable else "off",
+            "full_page_writes": "on" if self._durable else "off",
+        }
+        options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        command = [_program("postgres"), "-D", "data", *options]
+        self._spawn(command, self.folder / ".s.PGSQL.5432")
+        asyncio.run(self._answer())
+
+    async def _answer(self) -> None:
+        deadline_s = time.monotonic() + _START_S
+        while True:
+            try:
+                await (await asyncpg.connect(self.url("postgres"))).close()
+                return
+            except asyncpg.CannotConnectNowError:
+                if time.monotonic() > deadline_s:
+                    raise
+                await asyncio.sleep(0.02)
+
+    def crash(self) -> None:
+        """Stop at once, as a crash does: nothing is flushed, every connection is cut."""
+        self.kill(signal.SIGQUIT)
+
+    def url(self, database: str) -> str:
+        """The URL of a database of this cluster."""
+        return f"postgresql://holdgate@/{database}?host={self.folder}"
+
+    def new_database(self) -> str:
+        """The URL of a new, empty database."""
+        name = f"test_{secrets.token_hex(6)}"
+        psql = [_program("psql"), "-h", str(self.folder), "-U", "holdgate", "-q", "postgres"]
+        subprocess.run([*psql, "-c", f"CREATE DATABASE {name}"], check=True)
+        return self.url(name)
+
+
+class Redis(_Server):
+    """A Redis server on a unix socket that keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("redis")
+        self._socket = self.folder / "socket"
+        self.url = f"unix://{self._socket}"
+        self.start()
+
+    def start(self) -> None:
+        """Start, or start again after `kill`."""
+        command = [_program("redis-server"), "--port", "0", "--unixsocket", str(self._socket)]
+        self._spawn([*command, "--save", "", "--appendonly", "no"], self._socket)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server that lives as long as the test run; a test that kills it starts it again."""
+    server = Postgres()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[Redis]:
+    """A Redis server that lives as long as the test run; a test that kills it starts it again."""
+    server = Redis()
+    yield server
+    server.remove()

@@ -1,0 +1,153 @@
+r"""Text as a reader would see it, with the way back to the text as it was written.
+
+A rule that looks for `password` must also find it written with a zero-width space inside, in full-width letters, or as
+`\u0070assword` in JSON. Each rewriting keeps a map of offsets, so that a finding always points at the original.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Iterator
+
+#: Characters that are not seen: soft hyphen, joiners, direction marks, invisible operators, variation selectors, tags
+#: (Unicode 15, `Default_Ignorable_Code_Point` as far as text can carry it).
+_HIDDEN = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]"
+)
+_JSON_ESCAPE = re.compile(r'\\(?:u[0-9a-fA-F]{4}(?:\\u[dD][c-fC-F][0-9a-fA-F]{2})?|["\\/bfnrt])')
+_SHORT_ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+
+#: Longest run of marks treated as one character; the stream-safe format of UAX #15 allows 30.
+_MAX_CLUSTER = 32
+
+
+class View:
+    """A text to search: `text`, its UTF-8 `data`, and `original` to turn its spans into spans of the text written.
+
+    Offsets are code points. `ascii` is true when bytes and code points coincide.
+    """
+
+    __slots__ = ("_base", "_pieces", "_starts", "ascii", "data", "text")
+
+    def __init__(
+        self,
+        text: str,
+        base: View | None = None,
+        pieces: list[tuple[int, int, bool]] | None = None,
+        starts: list[int] | None = None,
+    ) -> None:
+        self.text = text
+        self.data = text.encode("utf-8", "replace")
+        self.ascii = len(self.data) == len(text)
+        self._base = base
+        self._pieces = pieces or []
+        self._starts = starts or []
+
+    def original(self, start: int, end: int) -> tuple[int, int]:
+        """The smallest span of the original text that holds what became `text[start:end]`; `start < end`."""
+        if self._base is None:
+            return start, end
+        first = bisect_right(self._starts, start) - 1
+        last = bisect_right(self._starts, end - 1) - 1
+        begin, _, kept = self._pieces[first]
+        if kept:
+            begin += start - self._starts[first]
+        origin, finish, kept = self._pieces[last]
+        if kept:
+            finish = origin + end - self._starts[last]
+        return self._base.original(begin, finish)
+
+
+def views(text: str, *, is_json: bool) -> tuple[View, ...]:
+    """The text as written, then, if it differs, with JSON escapes undone and folded (NFKC, hidden characters dropped).
+
+    Of JSON the escapes are undone in the first view too: there `\\u0041` is no more than another way to write a letter.
+    Linear in the length of the text; for plain ASCII without a backslash a single view.
+    """
+    written = View(text)
+    if written.ascii and "\\" not in text:
+        return (written,)
+    folded = _rewritten(written, _escapes(text)) if "\\" in text else written
+    if is_json:
+        written = folded
+    if not folded.ascii:
+        folded = _rewritten(folded, _clusters(folded.text))
+    return (written,) if folded is written else (written, folded)
+
+
+def _rewritten(base: View, changes: Iterator[tuple[int, int, str]]) -> View:
+    """`base` with each (start, end, new text) put in place; `base` itself if there is none."""
+    text = base.text
+    out: list[str] = []
+    pieces: list[tuple[int, int, bool]] = []
+    starts: list[int] = []
+    done = length = 0
+
+    def put(begin: int, finish: int, new: str, kept: bool) -> None:
+        nonlocal length
+        if new:
+            out.append(new)
+            pieces.append((begin, finish, kept))
+            starts.append(length)
+            length += len(new)
+
+    for begin, finish, new in changes:
+        put(done, begin, text[done:begin], True)
+        put(begin, finish, new, False)
+        done = finish
+    if not done:
+        return base
+    put(done, len(text), text[done:], True)
+    return View("".join(out), base, pieces, starts)
+
+
+def _escapes(text: str) -> Iterator[tuple[int, int, str]]:
+    for match in _JSON_ESCAPE.finditer(text):
+        escape = match[0]
+        if escape[1] != "u":
+            yield match.start(), match.end(), _SHORT_ESCAPES.get(escape[1], escape[1])
+            continue
+        unit = int(escape[2:6], 16)
+        if len(escape) == 12 and 0xD800 <= unit < 0xDC00:
+            low = int(escape[8:], 16)
+            yield match.start(), match.end(), chr(0x10000 + ((unit - 0xD800) << 10) + low - 0xDC00)
+        else:
+            yield match.start(), match.start() + 6, chr(unit)
+            if len(escape) == 12:
+                yield match.start() + 6, match.end(), "\ufffd"
+
+
+def _clusters(text: str) -> Iterator[tuple[int, int, str]]:
+    """Each character with its marks that NFKC, or dropping what is hidden, changes."""
+    if not _HIDDEN.search(text) and unicodedata.is_normalized("NFKC", text):
+        return
+    special = {char: _joins(char) for char in set(text) if char > "\x7f" and _is_special(char)}
+    done = 0
+    for index, char in enumerate(text):
+        if char not in special or index < done:
+            continue
+        begin = index - 1 if special[char] and index > done else index
+        finish = index + 1
+        while finish < len(text) and finish - begin < _MAX_CLUSTER and special.get(text[finish]):
+            finish += 1
+        old = text[begin:finish]
+        new = unicodedata.normalize("NFKC", _HIDDEN.sub("", old))
+        done = finish
+        if new != old:
+            yield begin, finish, new
+
+
+def _is_special(char: str) -> bool:
+    return _joins(char) or unicodedata.normalize("NFKC", char) != char
+
+
+def _joins(char: str) -> bool:
+    """Whether a character may change what stands before it: a mark, a Hangul vowel or final, or hidden."""
+    return (
+        unicodedata.category(char)[0] == "M"
+        or "\u1160" <= char <= "\u11ff"
+        or _HIDDEN.match(char) is not None
+    )
