@@ -46,9 +46,10 @@ class Store(Protocol):
         redacted_request: bytes | None = None,
         redacted_response: bytes | None = None,
     ) -> None:
-        """Store a decision, its task, audit entry and outbox row in one transaction, by group commit.
+        """Store a decision, its audit entry, its task and the task's outbox row in one transaction, by group commit.
 
-        At `erase_at` (None: never) request and response are replaced by their redacted copies, or erased if there are none.
+        At `erase_at` (None: never) request and response are replaced by their redacted copies, or erased if there are
+        none; a correction is erased with them.
         """
 
     async def decision(self, decision_id: str) -> DecisionRecord | None:

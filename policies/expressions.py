@@ -72,6 +72,8 @@ class Variables:
     confidence: float | None = None
 
 
+_BEFORE_RESPONSE = {"risk", *_TIERS, "task", "model", "request", "context"}
+
 _Reader = Callable[[Variables], object]
 _PLAIN: dict[str, _Reader] = {
     "risk": lambda v: v.risk,
@@ -112,10 +114,15 @@ def _check_reader(name: str) -> _Reader:
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """A compiled expression of type bool. `names` are the declared variables it refers to."""
+    """A compiled expression of type bool.
+
+    `names` are the declared variables it refers to; `needs_response` says whether one of them is
+    known only once the response is there.
+    """
 
     source: str
     names: frozenset[str]
+    needs_response: bool
     _program: cel.Expression = field(repr=False, compare=False)
     _readers: tuple[tuple[str, _Reader], ...] = field(repr=False, compare=False)
 
@@ -123,14 +130,6 @@ class Expression:
     def checks(self) -> frozenset[str]:
         """The ids of the checks it refers to."""
         return frozenset(name.split(".")[1] for name in self.names if name.startswith("checks."))
-
-    @property
-    def needs_response(self) -> bool:
-        """Whether it refers to anything that is known only once the response is there."""
-        return any(
-            name in {"score", "confidence", "output"} or name.startswith(("tool.", "checks."))
-            for name in self.names
-        )
 
     def holds(self, variables: Variables) -> bool:
         """Whether the expression is true.
@@ -167,7 +166,7 @@ class Expression:
             name: value for name, read in self._readers if (value := read(variables)) is not None
         }
         of_output = "output" in self.names
-        of_tool = bool(self.names & {"tool.name", "tool.arguments"})
+        of_tool = "tool.name" in self.names or "tool.arguments" in self.names
         if not (of_output or of_tool):
             yield plain
             return
@@ -254,7 +253,7 @@ def compile_expression(source: str, check_ids: Sequence[str]) -> Expression:
         for name in sorted(names)
         if name in _PLAIN or name.startswith("checks.")
     )
-    return Expression(source, names, program, readers)
+    return Expression(source, names, not names <= _BEFORE_RESPONSE, program, readers)
 
 
 def _refuse_has(source: str) -> None:

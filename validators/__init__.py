@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Union
+from typing import Annotated
 
 from pydantic import Field
 
@@ -30,6 +30,7 @@ from validators.completion import FinishReason
 from validators.patterns import Forbid, Redact, Require
 from validators.pii import Pii
 from validators.regex import explain_re2, max_match_length
+from validators.scan import Scan
 from validators.secrets import Secrets
 from validators.structure import JsonSchema
 from validators.text import Length
@@ -37,7 +38,7 @@ from validators.tools import ToolCalls
 
 #: Every check a policy may name, told apart by `use`.
 AnyValidator = Annotated[
-    Union[FinishReason, Forbid, JsonSchema, Length, Pii, Redact, Require, Secrets, ToolCalls],
+    FinishReason | Forbid | JsonSchema | Length | Pii | Redact | Require | Secrets | ToolCalls,
     Field(discriminator="use"),
 ]
 
@@ -62,6 +63,7 @@ __all__ = [
     "Pii",
     "Redact",
     "Require",
+    "Scan",
     "Secrets",
     "Target",
     "Targets",

@@ -62,9 +62,9 @@ class View:
 
 
 def views(text: str, *, is_json: bool) -> tuple[View, ...]:
-    """The text as written, then, if it differs, with JSON escapes undone and folded (NFKC, hidden characters dropped).
+    r"""The text as written, then, if it differs, with JSON escapes undone and folded (NFKC, hidden characters dropped).
 
-    Of JSON the escapes are undone in the first view too: there `\\u0041` is no more than another way to write a letter.
+    Of JSON the escapes are undone in the first view too: there `\u0041` is no more than another way to write a letter.
     Linear in the length of the text; for plain ASCII without a backslash a single view.
     """
     written = View(text)

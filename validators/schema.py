@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jsonschema
 import jsonschema_rs
@@ -188,7 +188,9 @@ class Schema:
                 pattern_options=jsonschema_rs.RegexOptions(size_limit=_MAX_PATTERN_BYTES),
             )
         except ValueError as error:
-            raise ValueError(_explanation(document, error)) from error
+            raise ValueError(
+                _explanation(cast("dict[str, JSON] | bool", document), error)
+            ) from error
         self._document = document
         measure = _Measure(document)
         self._size = measure.size(document)
@@ -240,7 +242,7 @@ def _problem(error: jsonschema_rs.ValidationError) -> Problem:
     return Problem(tuple(error.instance_path), message, error.kind.name)
 
 
-def _explanation(schema: dict[str, object] | bool, error: ValueError) -> str:
+def _explanation(schema: dict[str, JSON] | bool, error: ValueError) -> str:
     """Where and why a schema is none, in the words of the reference implementation where it finds fault too."""
     reason = getattr(error, "message", None) or str(error)
     try:

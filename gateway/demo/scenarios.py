@@ -64,7 +64,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         script=Script(
             text="Choose Forgot password on the sign-in page, enter your address, and follow the "
             "link we send. It is good for 30 minutes.",
-            certainty=0.99,
+            certainty=0.9995,
         ),
         metadata={"task": "support_answer"},
     ),
@@ -73,7 +73,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         title="A label of little consequence",
         prompt="Tag this ticket: I was charged twice in March.",
         keywords=("tag this ticket",),
-        script=Script(text='{"tag": "billing", "urgent": false}', certainty=0.98),
+        script=Script(text='{"tag": "billing", "urgent": false}', certainty=0.9995),
         metadata={"task": "ticket_tag"},
     ),
     Scenario(
@@ -81,7 +81,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         title="A refund of $40, and the model is sure",
         prompt="Order A-1007 arrived broken. Please refund the $40 I paid.",
         keywords=("refund", "$40 "),
-        script=Script(tool_calls=(_refund("A-1007", 40.0, "arrived broken"),), certainty=0.99),
+        script=Script(tool_calls=(_refund("A-1007", 40.0, "arrived broken"),), certainty=0.9998),
         metadata=_REFUND_METADATA,
         request=_REFUND_REQUEST,
     ),
@@ -90,7 +90,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         title="A refund of $25,000: too much to pay out unseen",
         prompt="Order B-2210, the server rack, never came. Please refund all $25,000.",
         keywords=("refund", "$25,000"),
-        script=Script(tool_calls=(_refund("B-2210", 25000.0, "never delivered"),), certainty=0.99),
+        script=Script(tool_calls=(_refund("B-2210", 25000.0, "never delivered"),), certainty=0.9998),
         metadata=_REFUND_METADATA,
         request=_REFUND_REQUEST,
     ),
@@ -102,7 +102,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         script=Script(
             attempts=(
                 Script(tool_calls=(_refund("C-3141", "one hundred and twenty", "duplicate"),)),
-                Script(tool_calls=(_refund("C-3141", 120.0, "duplicate order"),), certainty=0.99),
+                Script(tool_calls=(_refund("C-3141", 120.0, "duplicate order"),), certainty=0.9998),
             )
         ),
         metadata=_REFUND_METADATA,

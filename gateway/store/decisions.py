@@ -77,13 +77,8 @@ def _first(connection: Connection, query: Select[Any]) -> DecisionRecord | None:
 
 
 def to_erase(connection: Connection, now: datetime, limit: int) -> list[str]:
-    """Ids of decisions whose contents are due for erasure and needed by no open task, locked for this transaction."""
-    under_review = select(tasks.c.id).where(
-        tasks.c.decision_id == decisions.c.id, tasks.c.resolved_at.is_(None)
-    )
-    due = select(decisions.c.id).where(
-        decisions.c.erase_at <= micros(now), ~under_review.correlate(decisions).exists()
-    )
+    """Ids of decisions whose contents are due for erasure, longest due first, locked for this transaction."""
+    due = select(decisions.c.id).where(decisions.c.erase_at <= micros(now))
     due = due.order_by(decisions.c.erase_at).limit(limit).with_for_update(skip_locked=True)
     return list(connection.scalars(due))
 

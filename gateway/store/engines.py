@@ -223,7 +223,7 @@ def _postgres_error(error: BaseException) -> StoreError:
         return Refused(f"the database does not take these values (SQLSTATE {state})")
     if isinstance(cause, TimeoutError):
         return StoreError("the database did not answer in time")
-    return StoreError(f"the database cannot be reached or failed ({type(cause).__name__} {state})")
+    return StoreError(f"the database cannot be reached or failed ({state or type(cause).__name__})")
 
 
 class PostgresEngine:

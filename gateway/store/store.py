@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -75,11 +76,16 @@ def _engine(url: str) -> Engine:
                 f"the database file {path} cannot be opened: {error.strerror}"
             ) from error
         return SqliteEngine(str(path))
-    if parts.drivername in {"postgresql", "postgres"}:
+    if parts.drivername == "postgresql":
         return PostgresEngine(url)
     raise SettingsError(
         f"no store is known by {parts.drivername}://; write sqlite:///path or postgresql://user@host/name"
     )
+
+
+class _Waiting(NamedTuple):
+    entry: Entry
+    written: asyncio.Future[None]
 
 
 class SqlStore:
@@ -87,7 +93,7 @@ class SqlStore:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._waiting: list[tuple[Entry, asyncio.Future[None]]] = []
+        self._waiting: list[_Waiting] = []
         self._committing: asyncio.Task[None] | None = None
 
     async def record(
@@ -99,7 +105,7 @@ class SqlStore:
         redacted_request: bytes | None = None,
         redacted_response: bytes | None = None,
     ) -> None:
-        """Store a decision, its task, audit entry and outbox row in one transaction, by group commit."""
+        """Store a decision and what belongs to it in one transaction, by group commit."""
         erasure = Erasure(erase_at, redacted_request, redacted_response) if erase_at else None
         bodies = (decision.request, decision.response, redacted_request, redacted_response)
         if sum(len(body) for body in bodies if body) > _INLINE_BYTES:
@@ -107,35 +113,36 @@ class SqlStore:
         else:
             rows = entry(decision, task, erasure)
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((rows, written))
+        self._waiting.append(_Waiting(rows, written))
         if self._committing is None:
             self._committing = asyncio.create_task(self._commit_waiting())
         await written
 
     async def _commit_waiting(self) -> None:
+        singly = 0
         try:
             while self._waiting:
-                batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
-                await self._commit(batch)
+                size = 1 if singly else _BATCH
+                batch, self._waiting = self._waiting[:size], self._waiting[size:]
+                singly = max(0, singly - 1)
+                try:
+                    await self._commit(batch)
+                    _settle(batch, None)
+                except Refused as error:
+                    if len(batch) == 1:
+                        _settle(batch, error)
+                    else:
+                        self._waiting[:0], singly = batch, len(batch)
+                except StoreError as error:
+                    # Those who came meanwhile would meet the same fault: nobody waits for it twice.
+                    batch, self._waiting, singly = batch + self._waiting, [], 0
+                    _settle(batch, error)
         finally:
             self._committing = None
 
-    async def _commit(self, batch: list[tuple[Entry, asyncio.Future[None]]]) -> None:
-        entries = [rows for rows, _ in batch]
-        try:
-            await self._engine.write(partial(decisions.record, entries=entries))
-        except Refused as error:
-            if len(batch) == 1:
-                _settle(batch, error)
-            else:
-                for each in batch:
-                    await self._commit([each])
-        except StoreError as error:
-            # Those who came meanwhile would meet the same fault: nobody waits for more than one batch.
-            batch, self._waiting = batch + self._waiting, []
-            _settle(batch, error)
-        else:
-            _settle(batch, None)
+    async def _commit(self, batch: list[_Waiting]) -> None:
+        entries = [waiting.entry for waiting in batch]
+        await self._engine.write(partial(decisions.record, entries=entries))
 
     async def decision(self, decision_id: str) -> DecisionRecord | None:
         """The decision with that id."""
@@ -228,7 +235,7 @@ class SqlStore:
         await self._engine.close()
 
 
-def _settle(batch: list[tuple[Entry, asyncio.Future[None]]], error: StoreError | None) -> None:
+def _settle(batch: list[_Waiting], error: StoreError | None) -> None:
     for _, written in batch:
         if written.done():
             continue

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from aiohttp import web
@@ -324,6 +325,7 @@ def every_litellm_exception() -> list[Exception]:
         "max_budget": 1.0,
         "request_data": {},
         "failures": [{"vector_store_id": "1", "error": "sk-secret"}],
+        "response": httpx.Response(422, request=httpx.Request("POST", "https://provider")),
         "headers": None,
     }
     made: list[Exception] = []
@@ -334,8 +336,9 @@ def every_litellm_exception() -> list[Exception]:
             continue
         required = [
             name
-            for name, parameter in inspect.signature(kind).parameters.items()
-            if parameter.default is parameter.empty
+            for name, parameter in inspect.signature(kind.__init__).parameters.items()
+            if name != "self"
+            and parameter.default is parameter.empty
             and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         ]
         made.append(kind(**{name: values.get(name, "sk-secret") for name in required}))

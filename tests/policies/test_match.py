@@ -53,7 +53,10 @@ REFUND = Facts(
         ({"task": "refund*", "key": "shop"}, "task is refund* and key is shop"),
         ({"any": [{"task": "x"}, {"tool": "look_up"}]}, "a tool offered is look_up"),
         ({"any": [{"task": "x"}, {"task": "y"}]}, None),
-        ({"all": [{"key": "shop"}, {"tool": "look_up"}]}, "key is shop and a tool offered is look_up"),
+        (
+            {"all": [{"key": "shop"}, {"tool": "look_up"}]},
+            "key is shop and a tool offered is look_up",
+        ),
         ({"all": [{"key": "shop"}, {"tool": "x"}]}, None),
         ({"not": {"task": "x"}}, "it is nothing the policy excludes"),
         ({"not": {"task": "refund*"}}, None),
@@ -63,11 +66,15 @@ REFUND = Facts(
         ),
     ],
 )
-def test_condition_holds_when_all_it_names_holds(match: dict[str, Any], expected: str | None) -> None:
+def test_condition_holds_when_all_it_names_holds(
+    match: dict[str, Any], expected: str | None
+) -> None:
     assert reason(REFUND, **match) == expected
 
 
-@pytest.mark.parametrize("match", [{"task": "*"}, {"key": "*"}, {"tool": "*"}, {"context": {"a": "*"}}])
+@pytest.mark.parametrize(
+    "match", [{"task": "*"}, {"key": "*"}, {"tool": "*"}, {"context": {"a": "*"}}]
+)
 def test_pattern_never_matches_what_the_request_does_not_name(match: dict[str, Any]) -> None:
     assert reason(Facts(), **match) is None
 
@@ -100,7 +107,9 @@ def test_nothing_is_selected_when_no_policy_matches() -> None:
         ({"context": {"a": "b"}}, False),
     ],
 )
-def test_catch_all_is_a_condition_that_excludes_nothing(match: dict[str, Any], expected: bool) -> None:
+def test_catch_all_is_a_condition_that_excludes_nothing(
+    match: dict[str, Any], expected: bool
+) -> None:
     assert matches_everything(Condition.model_validate(match)) is expected
 
 

@@ -90,6 +90,8 @@ def test_stage_runs_if_its_condition_holds_and_is_skipped_with_a_reason_if_not()
 
 def test_stage_whose_condition_cannot_be_decided_runs_and_says_so() -> None:
     gated = policy(when="score < 0.5")
-    expected = Reason("stage:s", "runs because score < 0.5 could not be decided: score is not known")
+    expected = Reason(
+        "stage:s", "runs because score < 0.5 could not be decided: score is not known"
+    )
     applies = stage_applies(gated, gated.stages[0], Variables(refund("1"), results={}))
     assert applies == (True, expected)

@@ -1,0 +1,211 @@
+"""`holdgate demo`: a scripted model, a gateway, a handful of requests, and what became of each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import httpx
+import openai
+from rich.console import Console
+from rich.table import Table
+
+from gateway.demo.scenarios import MODEL, SCENARIOS, Scenario
+from gateway.settings import PACKAGED_CONFIG
+
+_START_S = 60.0
+_SHOWN = (
+    "support",
+    "tag",
+    "unsure",
+    "personal_data",
+    "refund_small",
+    "refund_mended",
+    "refund_large",
+    "leak",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one request."""
+
+    scenario: Scenario
+    decision: dict[str, object]
+    got: str
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The cells of its row in the table."""
+        inner = self.decision["detail"]["decision"]  # type: ignore[index]
+        confidence = self.decision["confidence"]
+        return (
+            self.scenario.title,
+            f"{confidence:.2f}" if isinstance(confidence, float) else "none",
+            str(self.decision["risk"]),
+            str(inner["zone"]),
+            str(self.decision["action"]),
+            self.got,
+        )
+
+
+def show(port: int, *, once: bool) -> int:
+    """Run the demo; the exit code. Stays up until interrupted, unless `once`."""
+    out = Console()
+    if _is_taken(port):
+        out.print(f"Port {port} is in use; choose another: [b]holdgate demo --port 8081[/b]")
+        return 1
+    with tempfile.TemporaryDirectory(prefix="holdgate-demo-") as name:
+        folder = Path(name)
+        with (
+            _server(folder, "demo-upstream", "--port", "0") as upstream,
+            _server(folder, "serve", "--config", str(_write_config(folder, upstream, port))) as url,
+        ):
+            out.print(
+                f"A scripted model answers on {upstream}; Holdgate stands before it on {url}.\n"
+            )
+            by_name = {scenario.name: scenario for scenario in SCENARIOS}
+            results = [_ask(url, by_name[name]) for name in _SHOWN]
+            out.print(_table(results))
+            out.print(_next_steps(url, results), highlight=False, soft_wrap=True)
+            if not once:
+                _until_stopped()
+    return 0
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _write_config(folder: Path, upstream: str, port: int) -> Path:
+    """The starter configuration before the scripted model; every label is audited, so that the table shows it."""
+    shutil.copytree(PACKAGED_CONFIG, folder, dirs_exist_ok=True)
+    tagging = folder / "policies" / "20-tagging.yaml"
+    tagging.write_text(
+        tagging.read_text("utf-8").replace("audit: {rate: 0.05}", "audit: {rate: 1.0}"), "utf-8"
+    )
+    config = folder / "holdgate.yaml"
+    config.write_text(
+        f"listen: {{port: {port}}}\n"
+        "policies: policies/\n"
+        "calibrators: calibrators/\n"
+        f"store: {{url: 'sqlite:///{folder}/holdgate.db'}}\n"
+        f"models: [{{match: '*', base_url: '{upstream}/v1'}}]\n"
+        "log: {level: warning}\n",
+        "utf-8",
+    )
+    return config
+
+
+@contextmanager
+def _server(folder: Path, *arguments: str) -> Iterator[str]:
+    """A server process of ours and its address, once it is ready; stopped in the end."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("HOLDGATE_")
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gateway.cli", *arguments],
+        stdout=subprocess.PIPE,
+        cwd=folder,
+        env=environment,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    watchdog = threading.Timer(_START_S, process.kill)
+    watchdog.start()
+    try:
+        ready = process.stdout.readline()
+        watchdog.cancel()
+        if " ready on " not in ready:
+            raise RuntimeError(f"`holdgate {arguments[0]}` did not start")
+        threading.Thread(target=_drain, args=(process.stdout,), daemon=True).start()
+        yield ready.split()[-1]
+    finally:
+        watchdog.cancel()
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=15)
+        process.kill()
+
+
+def _drain(stream: IO[str]) -> None:
+    for _ in stream:
+        pass
+
+
+def _ask(url: str, scenario: Scenario) -> Result:
+    """Send one request as any application would, with the stock client."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="demo", max_retries=0)
+    try:
+        raw = client.chat.completions.with_raw_response.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": scenario.prompt}],
+            metadata=dict(scenario.metadata),
+            extra_headers={"Prefer": "wait=0"},
+            **scenario.request,
+        )
+        headers, message = raw.headers, raw.parse().choices[0].message
+        calls = [
+            f"{c.function.name}({c.function.arguments})"
+            for c in message.tool_calls or ()
+            if c.type == "function"
+        ]
+        got = message.content or " ".join(calls)
+    except openai.APIStatusError as error:
+        headers, got = error.response.headers, f"{error.status_code} {error.code}"
+    decision = (
+        httpx.get(f"{url}/decisions/{headers['x-holdgate-decision']}").raise_for_status().json()
+    )
+    return Result(scenario, decision, got)
+
+
+def _table(results: list[Result]) -> Table:
+    table = Table("Request", "Confidence", "Risk", "Zone", "Action", show_lines=True)
+    table.add_column("What the client got", min_width=26)
+    colours = {"return": "green", "flag": "yellow", "hold": "magenta", "block": "red"}
+    for result in results:
+        cells = result.row
+        table.add_row(
+            *cells[:4], f"[{colours[cells[4]]}]{cells[4]}[/]", cells[5].replace("[", r"\[")
+        )
+    return table
+
+
+def _next_steps(url: str, results: list[Result]) -> str:
+    held = next(r.decision for r in results if r.scenario.name == "refund_large")
+    task = held["review"]["id"]  # type: ignore[index]
+    return f"""
+[b]A response waits for a person.[/b] Approve it from another terminal, then fetch it as its client would:
+
+  curl -s {url}/review/queue
+  curl -s {url}/review/{task}/submit -H 'content-type: application/json' -d '{{"verdict": "approve"}}'
+  curl -s {url}/v1/chat/completions/{held["id"]}
+
+[b]A client that waits[/b] gets its answer the moment it is approved (for 50 s, then 423):
+
+  curl -sN {url}/v1/chat/completions -H 'content-type: application/json' -d '{{"model": "{MODEL}", "stream": true,
+    "metadata": {{"task": "refund_decision"}}, "messages": \\[{{"role": "user", "content": "Please refund all $25,000."}}]}}'
+
+[b]Your own application:[/b] OpenAI(base_url="{url}/v1", api_key="any"). Ready: {url}/readyz, metrics: {url}/metrics
+"""
+
+
+def _until_stopped() -> None:
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    Console().print("Running until Ctrl-C.")
+    stopped.wait()
