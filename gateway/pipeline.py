@@ -85,14 +85,16 @@ class Pipeline:
             What the client gets instead: the provider cannot be reached or understood, the response is blocked, or the
             record could not be written.
         """
-        earlier = await self._earlier(call, match.policy)
-        if earlier is not None:
-            return earlier
+        repeats = call.is_retry or call.is_idempotent
+        while repeats and (under_way := self._under_way.get(call.fingerprint)) is not None:
+            await asyncio.shield(under_way)
         ended = self._under_way[call.fingerprint] = asyncio.get_running_loop().create_future()
         try:
-            return await self._answer_anew(call, match)
+            earlier = await self._earlier(call, match.policy) if repeats else None
+            return earlier or await self._answer_anew(call, match)
         finally:
-            del self._under_way[call.fingerprint]
+            if self._under_way.get(call.fingerprint) is ended:
+                del self._under_way[call.fingerprint]
             ended.set_result(None)
 
     async def drain(self) -> None:
@@ -100,11 +102,7 @@ class Pipeline:
         await asyncio.gather(*self._finishing, return_exceptions=True)
 
     async def _earlier(self, call: Call, policy: Policy) -> Reply | Held | None:
-        """What a repeated call is answered with: the decision under way or taken on the same call, if there is one."""
-        if not (call.is_retry or call.is_idempotent):
-            return None
-        while call.fingerprint in self._under_way:
-            await asyncio.shield(self._under_way[call.fingerprint])
+        """What a repeated call is answered with: the decision taken on the same call, if there is one."""
         since = self._clock.now() - _ATTACH_WINDOW
         record = await self._store.decision_by_fingerprint(call.fingerprint, since)
         if record is None:

@@ -141,6 +141,8 @@ def _decision(
         detail["upstream_ms"] = answer.upstream_ms
     reading = answer.reading if answer else None
     body = outcome.body
+    if decision.action is not Action.HOLD:
+        body = _without_logprobs(answer, body)
     return DecisionRecord(
         id=call.id,
         created_at=now,
@@ -163,7 +165,7 @@ def _decision(
         request_digest=call.digest,
         response_digest=hashlib.sha256(body).hexdigest() if body is not None else "",
         request=call.body,
-        response=body if decision.action is Action.HOLD else _without_logprobs(answer, body),
+        response=body,
         response_headers=dict(relayed(answer.headers))
         if answer and decision.action is Action.HOLD
         else {},

@@ -63,7 +63,8 @@ class WaitingRoom:
         self._waiting.setdefault(task_id, set()).add(future)
         self._metrics.waiting.inc()
         try:
-            return await future
+            # Settled before this client began to wait: its event has been and gone.
+            return bool(await self._store.settled([task_id])) or await future
         finally:
             timer.cancel()
             self._metrics.waiting.dec()

@@ -22,7 +22,7 @@ from pydantic import (
 from yarl import URL
 
 from gateway.errors import SettingsError
-from policies.source import Source
+from policies.source import PolicyError, Source
 from validators import JSON
 
 Loc: TypeAlias = tuple[str | int, ...]
@@ -142,8 +142,6 @@ class Limits(Section):
 
     request_bytes: ByteSize = ByteSize(50_000_000)
     response_bytes: ByteSize = ByteSize(20_000_000)
-    header_bytes: ByteSize = ByteSize(64_000)
-    json_depth: Annotated[int, Field(ge=1, le=500)] = 100
 
 
 class Keys(Section):
@@ -173,7 +171,7 @@ class Settings(Section):
     store: StoreSettings = StoreSettings()
     redis: RedisSettings = RedisSettings()
     policies: Path = PACKAGED_CONFIG / "policies"
-    calibrators: Path = Path("calibrators")
+    calibrators: Path = PACKAGED_CONFIG / "calibrators"
     models: tuple[ModelEntry, ...] = (ModelEntry(match="*"),)
     passthrough: Passthrough = Passthrough()
     limits: Limits = Limits()
@@ -194,8 +192,8 @@ class Settings(Section):
 def load_settings(path: Path | None, env: Mapping[str, str]) -> Settings:
     """Read the settings of a file and of the variables `HOLDGATE_<PATH>`, which win.
 
-    Folders named in the file are relative to it. Without `models`, `OPENAI_BASE_URL` and
-    `OPENAI_API_KEY` describe the one provider.
+    Folders named in the file are relative to it; `calibrators` is beside `policies` if not named.
+    Without `models`, `OPENAI_BASE_URL` and `OPENAI_API_KEY` describe the one provider.
 
     Raises
     ------
@@ -246,7 +244,9 @@ def _read(path: Path) -> Source:
         return Source(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: is not UTF-8, from byte {error.start} on") from error
+    except PolicyError as error:
         raise SettingsError(str(error)) from error
 
 
@@ -260,11 +260,8 @@ def _misspelt(env: Mapping[str, str]) -> list[str]:
 
 def _anchor(data: dict[str, JSON], path: Path | None) -> None:
     """Make the folders named in the file relative to it."""
-    if path is None:
-        return
-    data.setdefault("calibrators", "calibrators")
     for name in ("policies", "calibrators"):
-        if isinstance(folder := data.get(name), str):
+        if path and isinstance(folder := data.get(name), str):
             data[name] = str(path.parent / folder)
 
 
@@ -279,6 +276,8 @@ def _overlay(data: dict[str, JSON], env: Mapping[str, str], variables: dict[Loc,
         if isinstance(section, dict):
             section[str(loc[-1])] = env[variable]
             variables[loc] = variable
+    if isinstance(policies := data.get("policies"), str):
+        data.setdefault("calibrators", str(Path(policies).parent / "calibrators"))
     if not data.get("models"):
         key = "OPENAI_API_KEY" if env.get("OPENAI_API_KEY") else None
         url = env.get("OPENAI_BASE_URL") or None

@@ -352,6 +352,10 @@ def _legacy_tokens(logprobs: _LegacyLogprobs | None) -> list[TokenLogprob] | Non
     ]
 
 
+#: Searching for all of a large value costs more than for its beginning, which is nearly always enough.
+_PREFIX_BYTES = 64
+
+
 def _spans(body: bytes, raws: Sequence[msgspec.Raw]) -> tuple[tuple[int, int], ...]:
     spans = []
     position = 0
@@ -359,7 +363,10 @@ def _spans(body: bytes, raws: Sequence[msgspec.Raw]) -> tuple[tuple[int, int], .
         value = bytes(raw)
         if value in (b"null", b"[]"):
             continue
-        start = body.find(value, position)
+        prefix = value[:_PREFIX_BYTES]
+        start = body.find(prefix, position)
+        while body[start : start + len(value)] != value:
+            start = body.find(prefix, start + 1)
         position = start + len(value)
         spans.append((start, position))
     return tuple(spans)
@@ -433,25 +440,14 @@ def redacted_texts(reading: Reading, redactions: Iterable[Finding]) -> dict[str,
 def masked_texts(passages: Iterable[Passage], findings: Iterable[Finding]) -> dict[str, str]:
     """The new text of every passage that a finding touches, by path.
 
-    A finding inside JSON (`path#/pointer`) masks that string of the parsed document. Overlapping spans are masked once, as
-    the union of both.
+    Spans are offsets in the passage's own text even where a finding points inside its JSON (`path#/pointer`). Overlapping
+    spans are masked once, as the union of both.
     """
     by_path: dict[str, list[Finding]] = {}
     for finding in findings:
-        by_path.setdefault(finding.path, []).append(finding)
+        by_path.setdefault(finding.path.partition("#")[0], []).append(finding)
     texts = {passage.path: passage.text for passage in passages}
-    changed: dict[str, str] = {}
-    for path, found in sorted(by_path.items(), reverse=True):
-        passage, _, pointer = path.partition("#")
-        before = changed.get(passage, texts[passage])
-        if not pointer:
-            changed[passage] = _mask(before, found)
-            continue
-        document = orjson.loads(before)
-        holder, key = _resolve_pointer(document, pointer)
-        holder[key] = _mask(holder[key], found)
-        changed[passage] = orjson.dumps(document).decode()
-    return changed
+    return {path: _mask(texts[path], found) for path, found in by_path.items()}
 
 
 def _mask(text: str, findings: Iterable[Finding]) -> str:
@@ -465,11 +461,3 @@ def _mask(text: str, findings: Iterable[Finding]) -> str:
     for start, end, replacement in reversed(merged):
         text = text[:start] + replacement + text[end:]
     return text
-
-
-def _resolve_pointer(document: Any, pointer: str) -> tuple[Any, str | int]:
-    """The holder and key that a JSON Pointer (RFC 6901) names."""
-    keys = [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]]
-    for key in keys[:-1]:
-        document = document[int(key)] if isinstance(document, list) else document[key]
-    return document, int(keys[-1]) if isinstance(document, list) else keys[-1]

@@ -214,8 +214,8 @@ def _reason(status: str, source: str) -> str:
         }.get(found[1], f"{found[1]} is not known")
     if found := re.search(r'Key not found in map : "(.*)"', status):
         return f"there is no key '{found[1]}'" if found[1] in source else "there is no such key"
-    if found := re.search(r"No matching overloads found : (\w*?)_?(\S+?)_?\((.+)\)", status):
-        return f"{found[1]}{found[2]} cannot be applied to {found[3]}"
+    if found := re.search(r"No matching overloads found : _?(\S+?)_?\((.+)\)", status):
+        return f"{found[1]} cannot be applied to {found[2]}"
     if "SELECT to non-message" in status:
         return "a value that should be an object is not one"
     if "iteration budget" in status.lower():
@@ -336,23 +336,20 @@ def _references(serialized: bytes) -> frozenset[str]:
     )
 
 
+_VARINT = 0
+
+
 def _fields(message: bytes, wanted: int) -> Iterator[bytes]:
-    """The length-delimited values of one field of a protobuf message."""
+    """The length-delimited values of one field of a protobuf message without fixed-width fields."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
-        match tag & 7:
-            case 0:
-                _, at = _varint(message, at)
-            case 1:
-                at += 8
-            case 5:
-                at += 4
-            case _:
-                size, at = _varint(message, at)
-                if tag >> 3 == wanted:
-                    yield message[at : at + size]
-                at += size
+        size, at = _varint(message, at)
+        if tag & 7 == _VARINT:
+            continue
+        if tag >> 3 == wanted:
+            yield message[at : at + size]
+        at += size
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:

@@ -257,8 +257,8 @@ class Hold(Document):
     interfaces.
     """
 
-    wait: DurationS = 50.0
-    deadline: DurationS = 1800.0
+    wait: DurationS = Field(default=50.0, json_schema_extra={"default": "50s"})
+    deadline: DurationS = Field(default=1800.0, json_schema_extra={"default": "30m"})
     on_deadline: Literal["reject", "release"] = "reject"
     as_: Literal["error", "placeholder"] = Field(default="error", alias="as")
 

@@ -64,6 +64,17 @@ class _Server:
                 raise RuntimeError((self.folder / "log").read_text())
             time.sleep(0.01)
 
+    @property
+    def pid(self) -> int:
+        """The id of the running process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process is not None and self._process.poll() is None
+
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
         """End the process without warning, and wait until it is gone."""
         assert self._process is not None
@@ -72,7 +83,7 @@ class _Server:
 
     def remove(self) -> None:
         """Stop the server if it runs and delete its folder."""
-        if self._process is not None and self._process.poll() is None:
+        if self.is_running:
             self.kill(signal.SIGQUIT)
         self._log.close()
         shutil.rmtree(self.folder)
@@ -153,6 +164,12 @@ class Redis(_Server):
         """Start, or start again after `kill`."""
         command = [_program("redis-server"), "--port", "0", "--unixsocket", str(self._socket)]
         self._spawn([*command, "--save", "", "--appendonly", "no"], self._socket)
+
+    def restart(self) -> None:
+        """Kill it if it runs, and start it."""
+        if self.is_running:
+            self.kill()
+        self.start()
 
 
 @pytest.fixture(scope="session")

@@ -124,24 +124,25 @@ def _clusters(text: str) -> Iterator[tuple[int, int, str]]:
     """Each character with its marks that NFKC, or dropping what is hidden, changes."""
     if not _HIDDEN.search(text) and unicodedata.is_normalized("NFKC", text):
         return
-    special = {char: _joins(char) for char in set(text) if char > "\x7f" and _is_special(char)}
+    changed = {char: unicodedata.normalize("NFKC", char) for char in set(text) if char > "\x7f"}
+    changed |= {char: "" for char in changed if _HIDDEN.match(char)}
+    joins = {char for char in changed if _joins(char)}
+    special = {char for char, new in changed.items() if new != char} | joins
     done = 0
     for index, char in enumerate(text):
         if char not in special or index < done:
             continue
-        begin = index - 1 if special[char] and index > done else index
+        begin = index - 1 if char in joins and index > done else index
         finish = index + 1
-        while finish < len(text) and finish - begin < _MAX_CLUSTER and special.get(text[finish]):
+        while finish < len(text) and finish - begin < _MAX_CLUSTER and text[finish] in joins:
             finish += 1
-        old = text[begin:finish]
-        new = unicodedata.normalize("NFKC", _HIDDEN.sub("", old))
         done = finish
-        if new != old:
+        if finish - begin == 1:
+            new = changed[char]
+        else:
+            new = unicodedata.normalize("NFKC", _HIDDEN.sub("", text[begin:finish]))
+        if new != text[begin:finish]:
             yield begin, finish, new
-
-
-def _is_special(char: str) -> bool:
-    return _joins(char) or unicodedata.normalize("NFKC", char) != char
 
 
 def _joins(char: str) -> bool:

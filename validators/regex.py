@@ -70,7 +70,7 @@ _REFUSED_GROUPS = _refusals(
     (r"\(\?\|", "a branch reset", "write (?:...|...)"),
     (r"\(\?#", "a comment", "put it in the YAML, after #"),
     (r"\(\?[A-Za-z-]*x", "the flag x", "remove the white space and comments from the pattern"),
-    (r"\(\?[imsU-]*[A-Za-z]", "that flag", "use only the flags i, m, s and U"),
+    (r"\(\?[imsU-]*[^\WimsUP]", "that flag", "use only the flags i, m, s and U"),
 )
 _REFUSED_ESCAPES = _refusals(
     (r"\\[1-9]$", "a back-reference", _ALTERNATIVES),
@@ -226,7 +226,7 @@ def _explanation(pattern: str, error: re2.error) -> str:
             )
     raw = error.args[0] if error.args else b""
     reason = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
-    at = pattern.find(reason.rpartition(": ")[2]) if ": " in reason else -1
+    at = pattern.rfind(reason.rpartition(": ")[2]) if ": " in reason else -1
     where = f" at offset {at}" if at >= 0 else ""
     if "repetition size" in reason:
         return f"{reason}{where}: repetitions, and the product of nested ones, may not exceed 1000"

@@ -35,7 +35,7 @@ Accept = Callable[[str, int, int], "tuple[int, int] | None"]
 
 #: Candidates of one rule looked at in one passage. Past that the rest of the passage counts as found, so that a flood of
 #: near misses can neither slow the gateway down nor hide what comes after it.
-_MAX_CANDIDATES = 1_000
+_MAX_CANDIDATES = 5_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ class Scanner:
             place = where[number] if where else None
             if place:
                 # What replaces a span must leave the document JSON, or the caller cannot read the rest.
-                path = f"{path}#{place.pointer}"
+                path = f"{path}#{place.pointer}" if place.pointer else path
                 quoted = orjson.dumps(replacement).decode()
                 replacement = quoted[1:-1] if place.in_string else quoted
                 span = span if place.in_string else (place.start, place.end)

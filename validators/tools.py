@@ -31,14 +31,14 @@ class ToolCalls(Validator):
     allow_malformed: bool = False
 
     _allow: re.Pattern[str] | None = PrivateAttr(None)
-    _forbid: re.Pattern[str] | None = PrivateAttr(None)
+    _forbid: re.Pattern[str] = PrivateAttr()
 
     @model_validator(mode="after")
     def _compile(self) -> Self:
         if self.max is not None and self.min > self.max:
             raise ValueError(f"min ({self.min}) is above max ({self.max}): nothing can pass")
         self._allow = None if self.allow is None else _any_of(self.allow)
-        self._forbid = _any_of(self.forbid) if self.forbid else None
+        self._forbid = _any_of(self.forbid)
         barred = [name for name in self.required if not self._may_call(name)]
         if barred:
             raise ValueError(f"required tool {barred[0]!r} is not allowed: nothing can pass")
@@ -54,9 +54,8 @@ class ToolCalls(Validator):
         return self.verdict(findings)
 
     def _may_call(self, name: str) -> bool:
-        if self._forbid and self._forbid.match(name):
-            return False
-        return self._allow is None or self._allow.match(name) is not None
+        allowed = self._allow is None or self._allow.match(name)
+        return bool(allowed) and not self._forbid.match(name)
 
     def _of_call(self, call: ToolCall) -> list[Finding]:
         findings = []
@@ -96,4 +95,4 @@ class ToolCalls(Validator):
 
 
 def _any_of(globs: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(translate(glob) for glob in globs))
+    return re.compile("|".join(translate(glob) for glob in globs) or "(?!)")

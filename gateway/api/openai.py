@@ -9,6 +9,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Coroutine
 
+import structlog
 from starlette.types import Receive, Scope, Send
 
 from gateway import sse, wire
@@ -22,6 +23,8 @@ from gateway.recording import new_id
 from gateway.records import DecisionRecord, Role
 from gateway.services import Services
 from policies import Action, Match
+
+_log = structlog.get_logger()
 
 #: Paths that name one response: `/chat/completions/{id}`, `/responses/{id}/input_items`, ...
 _STORED = re.compile(r"/(?:chat/completions|responses)/([^/]+)(/[a-z_]+)?")
@@ -48,6 +51,12 @@ class OpenAIEdge:
         except asyncio.CancelledError:
             if not exchange.gone:
                 raise
+        except Exception as error:
+            _log.error("unexpected_error", request_id=exchange.id, exc_info=error)
+            if exchange.started:
+                raise
+            unexpected = GatewayError("Something went wrong in the gateway; its log says what.")
+            await exchange.respond(_error_reply(exchange, unexpected))
 
     async def _route(self, exchange: Exchange) -> None:
         services = self._services

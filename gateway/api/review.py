@@ -26,7 +26,7 @@ class Claim(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    lease_s: Annotated[float, Field(ge=5, le=3600)] = _LEASE_S
+    lease_s: Annotated[float, Field(ge=1, le=3600)] = _LEASE_S
 
 
 class Submit(BaseModel):

@@ -42,8 +42,8 @@ class Engine(Protocol):
     async def read(self, operation: Operation[T]) -> T:
         """Run an operation that only reads."""
 
-    async def write(self, operation: Operation[T], *, patience_s: float = PATIENCE_S) -> T:
-        """Run an operation in a transaction, durable when this returns."""
+    async def write(self, operation: Operation[T], *, patience_s: float | None = None) -> T:
+        """Run an operation in a transaction, durable when this returns; `patience_s` is PATIENCE_S unless given."""
 
     async def close(self) -> None:
         """Finish what was begun and let go of threads and connections."""
@@ -107,10 +107,10 @@ class SqliteEngine:
         with self._engine.connect() as connection:
             return operation(connection)
 
-    async def write(self, operation: Operation[T], *, patience_s: float = PATIENCE_S) -> T:
+    async def write(self, operation: Operation[T], *, patience_s: float | None = None) -> T:
         """Run an operation in a transaction, durable when this returns."""
         self._refuse_if_closed()
-        job = _Job(operation, asyncio.get_running_loop(), patience_s)
+        job = _Job(operation, asyncio.get_running_loop(), patience_s or PATIENCE_S)
         self._jobs.put(job)
         result: T = await job.future
         return result
@@ -242,9 +242,9 @@ class PostgresEngine:
         """Run an operation that only reads."""
         return await self._run(self._reading, operation, PATIENCE_S)
 
-    async def write(self, operation: Operation[T], *, patience_s: float = PATIENCE_S) -> T:
+    async def write(self, operation: Operation[T], *, patience_s: float | None = None) -> T:
         """Run an operation in a transaction, durable when this returns."""
-        return await self._run(self._engine, operation, patience_s)
+        return await self._run(self._engine, operation, patience_s or PATIENCE_S)
 
     async def _run(self, engine: AsyncEngine, operation: Operation[T], patience_s: float) -> T:
         try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import httpx
@@ -85,6 +86,8 @@ _CODES = {
     "ContentPolicyViolationError": "content_policy_violation",
 }
 _RELAYED = re.compile(r"retry-after(-ms)?|x-should-retry|x-ratelimit-.+|request-id", re.I)
+_JSON = ("content-type", "application/json")
+_EVENTS = ("content-type", "text/event-stream")
 _NO_ANSWER = (TimeoutError, Timeout, APIConnectionError)
 _LONGEST_MESSAGE = 2000
 
@@ -114,26 +117,19 @@ class ProviderUpstream:
                 code="unknown_path",
             )
         arguments = self._arguments(call)
-        api_key = arguments["api_key"]
         deadline_s = asyncio.get_running_loop().time() + self._entry.timeout_s.total
         try:
             async with asyncio.timeout_at(deadline_s):
                 answer = await litellm.acompletion(**arguments)
-        except Exception as error:  # noqa: BLE001 - whatever a provider's code raises, the provider has failed
-            return _answered(error, self._entry.provider, api_key)
-        headers = [
-            ("content-type", "text/event-stream" if arguments.get("stream") else "application/json")
-        ]
-        if not arguments.get("stream"):
-            return UpstreamResponse(200, headers, _once(orjson.dumps(_as_openai(answer))))
-        return UpstreamResponse(
-            200, headers, self._events(answer, deadline_s, api_key), answer.aclose
-        )
+        except Exception as error:  # noqa: BLE001 - whatever is raised, the provider has failed
+            return _answered(error, self._entry.provider, arguments["api_key"])
+        if not isinstance(answer, AsyncIterator):
+            return UpstreamResponse(200, [_JSON], _once(orjson.dumps(_as_openai(answer))))
+        events = self._events(answer, deadline_s)
+        return UpstreamResponse(200, [_EVENTS], events, partial(_close, answer))
 
     def _arguments(self, call: UpstreamCall) -> dict[str, Any]:
-        body = orjson.loads(call.body) if isinstance(call.body, bytes) else None
-        if not isinstance(body, dict):
-            raise InvalidRequest("The body is not a JSON object.", code="invalid_json")
+        body = _json_object(call.body)
         # `metadata` tells this gateway about the case; litellm would take it for its own settings.
         unknown = body.keys() - PARAMETERS - {"model", "metadata"}
         if unknown:
@@ -158,9 +154,7 @@ class ProviderUpstream:
             "num_retries": 0,
         }
 
-    async def _events(
-        self, chunks: AsyncIterator[Any], deadline_s: float, api_key: str | None
-    ) -> AsyncIterator[bytes]:
+    async def _events(self, chunks: AsyncIterator[Any], deadline_s: float) -> AsyncIterator[bytes]:
         """Write the chunks as server-sent events, ended by `[DONE]`."""
         while True:
             try:
@@ -177,6 +171,24 @@ class ProviderUpstream:
 async def close_connections() -> None:
     """Close what litellm keeps open."""
     await litellm.close_litellm_async_clients()  # type: ignore[attr-defined, no-untyped-call]
+
+
+async def _close(stream: Any) -> None:
+    """End a stream and its connection; some of litellm's iterators do not pass closing on."""
+    source = getattr(stream.completion_stream, "streaming_response", None)
+    await stream.aclose()
+    if isinstance(source, AsyncGenerator):
+        await source.aclose()
+
+
+def _json_object(body: bytes | AsyncIterator[bytes]) -> dict[str, Any]:
+    try:
+        parsed = orjson.loads(body) if isinstance(body, bytes) else None
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"The body is not JSON: {error}.", code="invalid_json") from error
+    if not isinstance(parsed, dict):
+        raise InvalidRequest("The body is not a JSON object.", code="invalid_json")
+    return parsed
 
 
 async def _once(body: bytes) -> AsyncIterator[bytes]:
@@ -216,7 +228,10 @@ def _answered(error: Exception, provider: str, api_key: str | None) -> UpstreamR
     """
     status = getattr(error, "status_code", None)
     headers = getattr(error, "litellm_response_headers", None)
-    # litellm gives failures of the connection a status of 5xx too, but no headers.
+    if headers:
+        # litellm rounds some statuses, 529 to 500; the error it translated has the provider's own.
+        status = getattr(error.__context__, "status_code", status)
+    # Failures of the connection have a status of 5xx too, but no headers.
     statuses = range(400, 600 if headers else 500)
     if isinstance(error, _NO_ANSWER) or not isinstance(status, int) or status not in statuses:
         raise _broken(error, provider) from error
@@ -230,11 +245,7 @@ def _answered(error: Exception, provider: str, api_key: str | None) -> UpstreamR
         "code": _CODES.get(type(error).__name__),
     }
     relayed = [(name, value) for name, value in (headers or {}).items() if _RELAYED.fullmatch(name)]
-    return UpstreamResponse(
-        status,
-        [("content-type", "application/json"), *relayed],
-        _once(orjson.dumps({"error": body})),
-    )
+    return UpstreamResponse(status, [_JSON, *relayed], _once(orjson.dumps({"error": body})))
 
 
 def _broken(error: Exception, provider: str) -> UpstreamError:

@@ -44,18 +44,21 @@ class Router:
 
         Must be called on the event loop. Raises `SettingsError` for an unknown provider.
         """
-        self._open = AsyncExitStack()
-        self._session = open_session()
-        self._open.push_async_callback(self._session.close)
         self._entries = settings.models
         self._logprobs = LogprobSupport()
+        self._open = AsyncExitStack()
+        keys = [settings.secret(entry.api_key_env) for entry in self._entries]
+        providers = [self._provider(*pair) for pair in zip(self._entries, keys, strict=True)]
+        session = open_session()
+        self._open.push_async_callback(session.close)
         self._upstreams = [
-            self._connect(entry, settings.secret(entry.api_key_env)) for entry in settings.models
+            provider or DirectUpstream(session, entry, key)
+            for provider, entry, key in zip(providers, self._entries, keys, strict=True)
         ]
 
-    def _connect(self, entry: ModelEntry, api_key: str | None) -> Upstream:
+    def _provider(self, entry: ModelEntry, api_key: str | None) -> Upstream | None:
         if entry.provider == "openai":
-            return DirectUpstream(self._session, entry, api_key)
+            return None
         from gateway.upstream import providers  # noqa: PLC0415 - 3 s and 150 MB, for who needs it
 
         self._open.push_async_callback(providers.close_connections)
@@ -251,8 +254,8 @@ def _retry_after_s(response: UpstreamResponse | None) -> float | None:
 def _is_over(retries: int, state: RetryCallState) -> bool:
     return (
         state.attempt_number > retries
-        or (state.seconds_since_start or 0.0) > LONGEST_RETRYING_S
-        or (_retry_after_s(_response_of(state)) or 0.0) > LONGEST_PAUSE_S
+        or state.upcoming_sleep > LONGEST_PAUSE_S
+        or (state.seconds_since_start or 0.0) + state.upcoming_sleep > LONGEST_RETRYING_S
     )
 
 

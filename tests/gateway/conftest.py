@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from gateway.store import SqlStore, open_store
+from gateway.store.engines import Engine
+from tests.gateway.stores import engine_of
 from tests.services import Postgres, postgres, redis_server
 
 __all__ = ["postgres", "redis_server"]
@@ -33,5 +35,13 @@ def store_url(request: pytest.FixtureRequest) -> str:
 async def store(store_url: str) -> AsyncIterator[SqlStore]:
     """A store on a new database, once of each kind."""
     opened = await open_store(store_url)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def engine(store: SqlStore, store_url: str) -> AsyncIterator[Engine]:
+    """Direct access to the database of `store`."""
+    opened = engine_of(store_url)
     yield opened
     await opened.close()

@@ -6,11 +6,16 @@ import asyncio
 import itertools
 import random
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gateway.records import DecisionRecord, NewTask, TaskKind
-from gateway.store import open_store
+from sqlalchemy import Connection, Table, select
+from sqlalchemy.engine import make_url
+
+from gateway.records import DecisionRecord, NewTask, Resolution, TaskKind, Verdict
+from gateway.store import SqlStore, open_store
+from gateway.store.engines import Engine, PostgresEngine, SqliteEngine
 from policies.model import Action, RiskTier
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
@@ -26,7 +31,7 @@ def later(seconds: float) -> datetime:
 def a_decision(**changes: Any) -> DecisionRecord:
     """A decision with an id of its own."""
     number = next(_numbers)
-    values = {
+    values: dict[str, Any] = {
         "id": f"hgd_{number:06d}",
         "created_at": NOW,
         "endpoint": "chat",
@@ -46,13 +51,41 @@ def a_decision(**changes: Any) -> DecisionRecord:
 
 def a_task(**changes: Any) -> NewTask:
     """A task with an id of its own and ten minutes to its deadline."""
-    values = {
+    values: dict[str, Any] = {
         "id": f"hgt_{next(_numbers):06d}",
         "kind": TaskKind.HOLD,
         "inclusion": 1.0,
         "due_at": later(600),
     }
     return NewTask(**(values | changes))
+
+
+def engine_of(url: str) -> Engine:
+    """Direct access to the database at a store's URL."""
+    database = make_url(url).database
+    return SqliteEngine(str(database)) if url.startswith("sqlite") else PostgresEngine(url)
+
+
+async def rows(engine: Engine, table: Table) -> list[dict[str, Any]]:
+    """Every row of the table, oldest first where it has an order."""
+    query = select(table).order_by(table.c.seq) if "seq" in table.c else select(table)
+
+    def read(connection: Connection) -> list[dict[str, Any]]:
+        return [dict(row) for row in connection.execute(query).mappings()]
+
+    return await engine.read(read)
+
+
+async def put(store: SqlStore, task: NewTask, **decision: Any) -> tuple[DecisionRecord, str]:
+    """Store the task with a new decision; gives the decision and the task's id."""
+    recorded = a_decision(**decision)
+    await store.record(recorded, task)
+    return recorded, task.id
+
+
+def a_resolution(task_id: str, version: int = 1, **changes: Any) -> Resolution:
+    """An approval by ann after a minute."""
+    return replace(Resolution(task_id, version, Verdict.APPROVE, "ann", later(60)), **changes)
 
 
 async def _write(url: str, count: int) -> None:

@@ -27,11 +27,14 @@ from tests.gateway.loopback import Handler, serving
 # Imported on its own, and before our module has set its variables, litellm asks the network.
 exceptions = importlib.import_module("litellm.exceptions")
 
+# litellm's types as they meet this version of pydantic.
+pytestmark = pytest.mark.filterwarnings("ignore:Item 'summary' on TypedDict:UserWarning")
+
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
 class Anthropic:
-    """The Messages API, as far as one exchange needs it; `error` is a status and body to answer with."""
+    """The Messages API as far as one exchange needs it; `error` is a status and headers."""
 
     def __init__(self, error: tuple[int, dict[str, str]] | None = None) -> None:
         self.error = error
@@ -95,7 +98,7 @@ async def provider_of(
 
 
 def chat(headers: tuple[tuple[str, str], ...] = (), **body: Any) -> UpstreamCall:
-    whole = {"model": "claude-x", "messages": MESSAGES, "max_tokens": 10} | body
+    whole: dict[str, Any] = {"model": "claude-x", "messages": MESSAGES, "max_tokens": 10} | body
     return UpstreamCall(
         "POST", "/chat/completions", json.dumps(whole).encode(), headers, model=whole["model"]
     )
@@ -353,16 +356,17 @@ def test_litellm_has_many_exceptions() -> None:
 async def test_every_litellm_exception_becomes_an_answer_or_an_upstream_error(
     error: Exception,
 ) -> None:
-    try:
-        response = _answered(error, "anthropic", "sk-secret")
-    except UpstreamError as ours:
-        assert "sk-secret" not in ours.message
-        assert isinstance(ours, UpstreamTimeout) == isinstance(error, exceptions.Timeout)
-        assert getattr(error, "status_code", 500) in {408, *range(500, 600)}
+    status = getattr(error, "status_code", 500)
+    if status >= 500 or isinstance(error, exceptions.Timeout):
+        with pytest.raises(UpstreamError) as caught:
+            _answered(error, "anthropic", "sk-secret")
+        assert "sk-secret" not in caught.value.message
+        late = isinstance(caught.value, UpstreamTimeout)
+        assert late == isinstance(error, exceptions.Timeout)
     else:
+        response = _answered(error, "anthropic", "sk-secret")
         body = await response.read(10_000)
-        assert 400 <= response.status < 500
-        assert response.status == getattr(error, "status_code", None)
+        assert response.status == status
         assert json.loads(body)["error"]["type"].endswith("_error")
         assert b"sk-secret" not in body
 
@@ -375,7 +379,8 @@ async def test_router_takes_litellm_for_providers_of_other_dialects() -> None:
         )
         router = Router(Settings(models=(entry,)))
         body = json.dumps({"model": "small", "messages": MESSAGES}).encode()
-        call = UpstreamCall("POST", "/chat/completions", body, model="small")
+        headers = [("authorization", "Bearer sk-theirs")]
+        call = UpstreamCall("POST", "/chat/completions", body, headers, model="small")
         answer = await read(await router.send(call))
         await router.close()
     assert anthropic.request["model"] == "claude-x"
@@ -406,5 +411,7 @@ def test_importing_litellm_asks_no_network() -> None:
         "import gateway.upstream.providers\n"
         "sys.exit(repr(asked) if asked else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, timeout=60, capture_output=True
+    )
     assert done.returncode == 0, done.stderr.decode()[-500:]

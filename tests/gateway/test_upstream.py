@@ -25,11 +25,11 @@ BODY = b'{ "model":"m",  "n": 1.0e0 , "unknown":[1,2] }'
 
 @asynccontextmanager
 async def upstream_of(
-    handler: Handler, *, api_key: str | None = None, **times: float
+    handler: Handler, *, api_key: str | None = None, timeout_s: Timeouts | None = None
 ) -> AsyncIterator[DirectUpstream]:
-    entry = {"match": "*", "timeout_s": Timeouts(**times)}
     async with serving(handler) as url, open_session() as session:
-        yield DirectUpstream(session, ModelEntry(base_url=url, **entry), api_key)
+        entry = ModelEntry(match="*", base_url=url, timeout_s=timeout_s or Timeouts())
+        yield DirectUpstream(session, entry, api_key)
 
 
 @asynccontextmanager
@@ -110,7 +110,12 @@ async def test_path_that_would_leave_the_base_url_is_refused(path: str, query: s
 
 
 async def test_headers_for_this_hop_and_our_own_do_not_go_upstream() -> None:
-    kept = [("X-Custom", "1"), ("x-custom", "2"), ("OpenAI-Organization", "org"), ("User-Agent", "sdk")]
+    kept = [
+        ("X-Custom", "1"),
+        ("x-custom", "2"),
+        ("OpenAI-Organization", "org"),
+        ("User-Agent", "sdk"),
+    ]
     dropped = [
         ("Connection", "keep-alive, X-Named"),
         ("X-Named", "for the next hop only"),
@@ -239,7 +244,10 @@ async def test_readable_body_is_asked_for_plain_and_unpacked_if_it_is_not() -> N
 
 async def test_readable_body_that_cannot_be_unpacked_is_an_upstream_error() -> None:
     provider = Recorder(body=b"not gzip at all", headers={"content-encoding": "gzip"})
-    async with upstream_of(provider) as upstream, await upstream.send(post(readable=True)) as response:
+    async with (
+        upstream_of(provider) as upstream,
+        await upstream.send(post(readable=True)) as response,
+    ):
         with pytest.raises(UpstreamError):
             await response.read(1000)
 
@@ -247,7 +255,10 @@ async def test_readable_body_that_cannot_be_unpacked_is_an_upstream_error() -> N
 async def test_limit_holds_for_the_unpacked_size() -> None:
     bomb = gzip.compress(bytes(50_000_000))
     provider = Recorder(body=bomb, headers={"content-encoding": "gzip"})
-    async with upstream_of(provider) as upstream, await upstream.send(post(readable=True)) as response:
+    async with (
+        upstream_of(provider) as upstream,
+        await upstream.send(post(readable=True)) as response,
+    ):
         with pytest.raises(UpstreamError) as caught:
             await response.read(len(bomb) + 1)
     assert caught.value.code == "upstream_response_too_large"
@@ -274,6 +285,16 @@ async def test_streamed_upload_arrives_whole(headers: list[tuple[str, str]]) -> 
         await (await upstream.send(post(body=upload(), headers=headers))).read(10)
     assert provider.body == b"abcdef"
     assert provider.sent("content-length") == [value for _, value in headers]
+
+
+async def test_upload_that_breaks_off_is_an_upstream_error() -> None:
+    async def upload() -> AsyncIterator[bytes]:
+        yield b"abc"
+        raise ConnectionResetError("the client went away")
+
+    async with upstream_of(Recorder()) as upstream:
+        with pytest.raises(UpstreamError):
+            await upstream.send(post(body=upload()))
 
 
 async def test_chunks_arrive_as_they_are_sent() -> None:
@@ -386,7 +407,9 @@ async def test_provider_that_does_not_listen_is_unreachable() -> None:
         pass
     async with open_session() as session:
         upstream = DirectUpstream(session, ModelEntry(match="*", base_url=url), "sk-secret")
-        with pytest.raises(UpstreamError, match="Could not connect to http://127.0.0.1") as caught:
+        with pytest.raises(
+            UpstreamError, match=r"Could not connect to http://127\.0\.0\.1"
+        ) as caught:
             await upstream.send(post())
     assert (caught.value.status, caught.value.code) == (502, "upstream_error")
     assert not isinstance(caught.value, UpstreamTimeout)
@@ -394,15 +417,17 @@ async def test_provider_that_does_not_listen_is_unreachable() -> None:
 
 async def test_provider_that_does_not_answer_in_time_is_a_timeout() -> None:
     asked, ended = asyncio.Event(), asyncio.Event()
-    async with upstream_of(lambda r: hanging(ended, asked, r), read=0.05) as upstream:
+    async with upstream_of(
+        lambda r: hanging(ended, asked, r), timeout_s=Timeouts(read=0.05)
+    ) as upstream:
         with pytest.raises(UpstreamTimeout) as caught:
             await upstream.send(post())
         await asyncio.wait_for(ended.wait(), 5)
     assert caught.value.status == 504
 
 
-@pytest.mark.parametrize("limit", ["read", "total"])
-async def test_provider_that_falls_silent_in_mid_stream_is_a_timeout(limit: str) -> None:
+@pytest.mark.parametrize("timeout_s", [Timeouts(read=0.2), Timeouts(total=0.2)], ids=str)
+async def test_provider_that_falls_silent_in_mid_stream_is_a_timeout(timeout_s: Timeouts) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
@@ -410,10 +435,10 @@ async def test_provider_that_falls_silent_in_mid_stream_is_a_timeout(limit: str)
         await asyncio.Event().wait()
         return response
 
-    async with upstream_of(handler, **{limit: 0.2}) as upstream:
-        async with await upstream.send(post()) as response:
-            with pytest.raises(UpstreamTimeout):
-                await response.read(1000)
+    async with upstream_of(handler, timeout_s=timeout_s) as upstream:
+        response = await upstream.send(post())
+        with pytest.raises(UpstreamTimeout):
+            await response.read(1000)
 
 
 @pytest.mark.parametrize(

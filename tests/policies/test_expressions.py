@@ -38,6 +38,12 @@ def holds(source: str, variables: Variables, ids: tuple[str, ...] = ()) -> bool:
     return compile_expression(source, ids).holds(variables)
 
 
+TIERS = (
+    "tiers are written LOW, MEDIUM, HIGH, CRITICAL without quotes, "
+    "and every value of context is text, such as 'true'"
+)
+
+
 @pytest.mark.parametrize(
     ("source", "line", "column", "message"),
     [
@@ -74,9 +80,10 @@ def holds(source: str, variables: Variables, ids: tuple[str, ...] = ()) -> bool:
             "context.paid == true",
             1,
             14,
-            "'==' cannot be applied to string and bool; tiers are written LOW, MEDIUM, HIGH, "
-            "CRITICAL without quotes, and every value of context is text, such as 'true'",
+            "'==' cannot be applied to string and bool; " + TIERS,
         ),
+        ("task.size() == 'a'", 1, 13, "'==' cannot be applied to int and string; " + TIERS),
+        ("request == 1u + 1", 1, 15, "'+' cannot be applied to uint and int"),
         ("!task", 1, 1, "'!' cannot be applied to string"),
         ("score", 1, 1, "has type double, not bool; compare it with something"),
         ("request.stream", 1, 1, "has type dyn, not bool; compare it with something"),
@@ -155,6 +162,11 @@ def test_tool_arguments_that_are_no_json_are_a_missing_value_unless_another_call
         holds("tool.arguments.amount > 50", seen(said(calls=(broken, fine))))
     assert holds("tool.arguments.amount > 10", seen(said(calls=(broken, fine))))
     assert not holds("tool.name == 'x' && tool.arguments.amount > 10", seen(said(calls=(broken,))))
+
+
+def test_tool_arguments_that_are_no_object_are_a_missing_value() -> None:
+    with pytest.raises(MissingValue, match=r"^a value that should be an object is not one$"):
+        holds("tool.arguments.amount > 50", seen(said(calls=(call("pay", "[1]"),))))
 
 
 def test_missing_tool_argument_is_a_missing_value_that_names_the_key() -> None:

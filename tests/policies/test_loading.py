@@ -11,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
+from policies.expressions import VARIABLES, Variables
 from policies.loading import json_schema, load_policies, load_policy
 from policies.match import Facts, PolicySet
-from policies.model import Policy, StreamMode
+from policies.model import Policy, RiskTier, StreamMode
+from policies.risk import assess
 from policies.source import MAX_BYTES, PolicyError, Problem
 from policies.streaming import effective_stream
+from validators import Choice, Exchange, Passage, ToolCall
 
 CONFIG = Path(__file__).parents[2] / "config"
 STARTERS = sorted((CONFIG / "policies").glob("*.yaml"))
@@ -228,6 +231,19 @@ MISTAKES = {
         "expected a single document in the stream, but found another document",
     ),
     "control character": ("policy: p\nversion: §\x00", "the character U+0000 is not allowed"),
+    "escape beyond Unicode": (
+        '§policy: "\\UFFFFFFFF"',
+        "not YAML 1.2: Python int too large to convert to C int",
+    ),
+    "version of YAML there is not": (
+        "§%YAML 1.99\n---\na: 1",
+        "not YAML 1.2: version minor part can only be 2 or 1, got (1, 99)",
+    ),
+    "half a character": (
+        'policy: §"\\ud800"' + END,
+        "'\\ud800' is no value Holdgate knows; quote it if it is text",
+    ),
+    "half a character in a key": (P + 'audit: {§"\\ud800": 1}', "a key must be plain text"),
     "empty file": ("§# nothing", "the file is empty"),
     "duplicate check id": (
         P + "stages:\n  - {name: a, checks: [{id: x, use: secrets}]}\n"
@@ -513,6 +529,26 @@ def test_starter_policies_cover_every_request(facts: Facts, name: str, stream: S
     assert effective_stream(found.policy) is stream
 
 
+@pytest.mark.parametrize(
+    ("amount", "context", "tier"),
+    [
+        ("40.0", {}, RiskTier.HIGH),
+        ("25000", {}, RiskTier.CRITICAL),
+        ("2000", {"is_new_user": "false"}, RiskTier.HIGH),
+        ("2000", {"is_new_user": "true"}, RiskTier.CRITICAL),
+        ('"a lot"', {}, RiskTier.CRITICAL),
+    ],
+)
+def test_starter_refunds_are_critical_by_amount_and_customer(
+    amount: str, context: dict[str, str], tier: RiskTier
+) -> None:
+    found = starters().select(Facts(task="refund_decision"))
+    assert found is not None
+    call = ToolCall("issue_refund", Passage("arguments", f'{{"amount": {amount}}}'))
+    exchange = Exchange("chat", {}, (Choice("choices[0]", tool_calls=(call,)),), context=context)
+    assert assess(found.policy, Variables(exchange, results={})).tier is tier
+
+
 @pytest.mark.parametrize("path", STARTERS, ids=lambda path: path.name)
 def test_json_schema_accepts_the_starter_policies_and_refuses_a_typo(path: Path) -> None:
     validator = jsonschema.Draft202012Validator(json_schema())
@@ -522,9 +558,27 @@ def test_json_schema_accepts_the_starter_policies_and_refuses_a_typo(path: Path)
     assert list(validator.iter_errors(document | {"stagez": []})) != []
 
 
+REFERENCE = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+
+
+def test_reference_names_every_key_use_and_variable() -> None:
+    definitions = json_schema()["$defs"].values()
+    mappings = [json_schema(), *(each for each in definitions if "properties" in each)]
+    keys = {key for mapping in mappings for key in mapping["properties"]}
+    uses = {each["properties"]["use"]["const"] for each in mappings if "use" in each["properties"]}
+    named = set(re.findall(r"[\w.<>]+", REFERENCE))
+    named |= {word.rpartition(".")[2] for word in named}
+    assert (keys | uses | set(VARIABLES)) - named == set()
+
+
+def test_example_of_the_reference_loads() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", REFERENCE, re.DOTALL)
+    assert warnings(example) == []
+
+
 _WORDS = """policy p { } [ ] &a *a !!int !x " ' # 1 1.5 .nan 0x 1e999 confidence hold match any not
 when_uncalibrated risk raise when to true null 50s ... é << matrix low = stages checks use forbid
-patterns json_schema schema 2024-01-01 ~"""
+patterns json_schema schema 2024-01-01 ~ \\ud800 \\UFFFFFFFF \\x41 %YAML %TAG 1.99"""
 _SPACED = [
     ": ",
     "\n",

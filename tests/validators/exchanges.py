@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from validators import CheckResult, Choice, Exchange, Passage, ToolCall
+from pydantic import TypeAdapter
+
+from validators import (
+    AnyValidator,
+    CheckResult,
+    Choice,
+    Exchange,
+    Passage,
+    Scan,
+    ToolCall,
+    Validator,
+)
+
+_CHECK: TypeAdapter[Validator] = TypeAdapter(AnyValidator)
+
+
+def check_of(use: str, *, read: Callable[[str], str] | None = None, **config: Any) -> Validator:
+    """The check a policy would have, from its YAML keys."""
+    context = {} if read is None else {"read": read}
+    return _CHECK.validate_python({"use": use, "id": "check", **config}, context=context)
+
+
+def scan_of(use: str, **config: Any) -> Scan:
+    """A check that searches text."""
+    check = check_of(use, **config)
+    assert isinstance(check, Scan)
+    return check
 
 
 def joined(text: str | list[str]) -> str:

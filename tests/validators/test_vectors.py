@@ -7,13 +7,11 @@ from typing import Any, get_args
 
 import orjson
 import pytest
-from pydantic import TypeAdapter
 
-from tests.validators.exchanges import covered, exchange_of, joined
-from validators import AnyValidator, Validator
+from tests.validators.exchanges import check_of, covered, exchange_of, joined
+from validators import AnyValidator
 
 VECTORS = Path(__file__).parent.parent / "vectors"
-CHECK: TypeAdapter[Validator] = TypeAdapter(AnyValidator)
 USES = sorted(
     use
     for cls in get_args(get_args(AnyValidator)[0])
@@ -28,7 +26,7 @@ CASES = [
 
 @pytest.mark.parametrize(("use", "case"), CASES)
 def test_check_gives_what_its_vector_says(use: str, case: dict[str, Any]) -> None:
-    check = CHECK.validate_python({"use": use, "id": "check", **case["config"]})
+    check = check_of(use, **case["config"])
     exchange = exchange_of(case["exchange"])
 
     result = check.run(exchange)

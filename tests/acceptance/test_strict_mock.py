@@ -1,0 +1,190 @@
+"""What passes through, against a mock of OpenAI's whole API that others wrote: nothing on the way may change a byte.
+
+The mock (`@stdy/cli`) serves OpenAI's own OpenAPI document and answers 400 to every request that the document does not allow, so
+that a good answer through the gateway says that the request arrived as it was sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import lzma
+import os
+import signal
+import socket
+import subprocess
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.acceptance.openapi import Operation, operations
+from tests.conftest import GatewayFactory
+
+NODE = Path(__file__).parent / "node"
+DOCUMENT = Path(__file__).parent.parent / "vectors" / "openai" / "openapi.yaml.xz"
+CHECKED = ("/chat/completions", "/completions", "/responses")
+RETURNS = """\
+policy: returns
+match: {model: "*"}
+risk: {base: low}
+confidence: {source: none, when_uncalibrated: return}
+stages: [{name: rules, checks: [{id: secrets, use: secrets, on_fail: block}]}]
+"""
+
+
+@pytest.fixture(scope="module")
+def mock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of the mock."""
+    folder = tmp_path_factory.mktemp("mock")
+    document = folder / "openapi.yaml"
+    document.write_bytes(lzma.decompress(DOCUMENT.read_bytes()))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    process = subprocess.Popen(
+        [NODE / "node_modules/.bin/steady", "--host", "127.0.0.1", "-p", port, "-q", document],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("Ready"):
+                break
+        else:
+            pytest.fail(f"the mock did not start: {''.join(said)}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def document(mock: str) -> dict[str, Any]:
+    """The document as the mock has read it."""
+    found: dict[str, Any] = httpx.get(f"{mock}/_x-steady/spec", timeout=20).json()
+    return found
+
+
+@pytest.fixture
+def through(mock: str, gateway: GatewayFactory) -> str:
+    """The base URL of a gateway before the mock; its policy returns everything."""
+    server = gateway({"returns": RETURNS}, models=[{"match": "*", "base_url": mock}])
+    return f"{server.url}/v1"
+
+
+def _told(response: httpx.Response) -> tuple[Any, ...]:
+    """What must be the same: status, every byte, and the headers that describe it or that the mock adds."""
+    described = ("content-type", "content-encoding", "vary", "x-steady-")
+    headers = [pair for pair in response.headers.multi_items() if pair[0].startswith(described)]
+    return response.status_code, response.content, headers
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Every answer twice from the mock itself and once through the gateway.
+
+    `different` are those that the gateway changed, `varying` those that the mock itself never gives twice. `checked` are the
+    operations on which the gateway did more than pass on.
+    """
+
+    direct: httpx.AsyncClient
+    gated: httpx.AsyncClient
+    different: list[str] = field(default_factory=list)
+    varying: list[str] = field(default_factory=list)
+    compared: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[int] = field(default_factory=Counter)
+    checked: dict[str, str] = field(default_factory=dict)
+
+    async def of(self, asked: Iterable[Operation]) -> Comparison:
+        """Compare all of these, a few at a time."""
+        room = asyncio.Semaphore(8)
+
+        async def add(operation: Operation) -> None:
+            async with room:
+                await self._add(operation)
+
+        await asyncio.gather(*map(add, asked))
+        return self
+
+    async def _add(self, operation: Operation) -> None:
+        once, again, gated = [
+            await client.request(operation.method, operation.path, **operation.options)
+            for client in (self.direct, self.direct, self.gated)
+        ]
+        name = f"{operation.method} {operation.path}"
+        if (action := gated.headers["x-holdgate-action"]) != "passthrough":
+            self.checked[name] = action
+        if _told(once) != _told(again):
+            self.varying.append(name)
+        elif _told(once) != _told(gated):
+            self.different.append(f"{name}: {_told(once)!r:.900} became {_told(gated)!r:.900}")
+        else:
+            self.compared[operation.method] += 1
+            self.statuses[once.status_code] += 1
+
+
+@pytest.fixture
+async def comparison(mock: str, through: str) -> AsyncIterator[Comparison]:
+    """Nothing compared yet."""
+    headers = {"authorization": "Bearer sk-mock", "x-steady-stream-interval-ms": "1"}
+    options: dict[str, Any] = {"headers": headers, "timeout": 30, "trust_env": False}
+    async with (
+        httpx.AsyncClient(base_url=mock, **options) as direct,
+        httpx.AsyncClient(base_url=through, **options) as gated,
+    ):
+        yield Comparison(direct, gated)
+
+
+def _with(operation: Operation, **headers: str) -> Operation:
+    headers = {**operation.options["headers"], **headers}
+    return replace(operation, options=operation.options | {"headers": headers})
+
+
+async def test_every_operation_of_the_api_passes_through_unchanged(
+    comparison: Comparison, document: dict[str, Any]
+) -> None:
+    plain = (_with(each, **{"accept-encoding": "identity"}) for each in operations(document))
+    await comparison.of(plain)
+    assert comparison.different == [], "\n\n".join(comparison.different)
+    assert comparison.varying == []
+    assert comparison.compared == {"GET": 122, "POST": 123, "DELETE": 43}
+    assert comparison.statuses == {200: 285, 201: 3}
+    assert comparison.checked == {f"POST {path}": "return" for path in CHECKED}
+
+
+async def test_compressed_answers_stay_compressed_where_nothing_is_checked(
+    comparison: Comparison, document: dict[str, Any]
+) -> None:
+    unchecked = [each for each in operations(document) if each.path not in CHECKED]
+    await comparison.of(_with(each, **{"accept-encoding": "gzip"}) for each in unchecked)
+    assert comparison.different == [], "\n\n".join(comparison.different)
+    assert comparison.compared.total() == 284
+
+
+async def test_event_streams_pass_through_unchanged(
+    comparison: Comparison, document: dict[str, Any]
+) -> None:
+    streamed = [each for each in operations(document) if "text/event-stream" in each.produces]
+    await comparison.of(_with(each, accept="text/event-stream") for each in streamed)
+    assert comparison.different == [], "\n\n".join(comparison.different)
+    assert comparison.compared.total() == 7
+
+
+async def test_what_the_provider_refuses_is_refused_in_its_own_words(
+    comparison: Comparison, document: dict[str, Any]
+) -> None:
+    wrong = {"content": b"never asked for", "headers": {"content-type": "text/plain"}}
+    posts = [each for each in operations(document) if each.options.keys() & {"json", "files"}]
+    await comparison.of(
+        replace(each, options=each.options | wrong) for each in posts if each.path not in CHECKED
+    )
+    assert comparison.different == [], "\n\n".join(comparison.different)
+    assert comparison.statuses == {400: 110}
