@@ -48,7 +48,8 @@ class Answer:
     @property
     def is_usable(self) -> bool:
         """Whether there is a response to check."""
-        return self.fault is None and 200 <= self.status < 300
+        failed = self.reading is not None and self.reading.is_failure
+        return self.fault is None and 200 <= self.status < 300 and not failed
 
     def client_body(self) -> bytes:
         """The non-streamed body as the client is to see it: without logprobs it did not ask for."""

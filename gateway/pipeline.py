@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-from collections.abc import AsyncIterator
-from datetime import timedelta
+from collections.abc import AsyncIterator, Awaitable
+from datetime import datetime, timedelta
 
 from gateway import sse, streaming, wire
 from gateway.asking import Answer, Asker, read_collected, with_feedback
@@ -24,7 +24,14 @@ from gateway.errors import (
     UpstreamError,
 )
 from gateway.ports import Clock, LivePolicies, Store
-from gateway.recording import Judgement, Outcome, Recorder, blocking_reasons, unchecked
+from gateway.recording import (
+    Judgement,
+    Outcome,
+    Recorder,
+    blocking_reasons,
+    stopped,
+    unchecked,
+)
 from gateway.records import DecisionRecord, TaskState
 from policies import (
     Action,
@@ -74,7 +81,7 @@ class Pipeline:
         self._audit_secret = audit_secret
         self._response_bytes = response_bytes
         self._under_way: dict[str, asyncio.Future[None]] = {}
-        self._finishing: set[asyncio.Task[GatewayError | None]] = set()
+        self._finishing: set[asyncio.Future[GatewayError | None]] = set()
 
     async def answer(self, call: Call, match: Match) -> Reply | Held:
         """Decide on the response to this call and say what its client gets; the record is durable by then.
@@ -86,11 +93,12 @@ class Pipeline:
             record could not be written.
         """
         repeats = call.is_retry or call.is_idempotent
+        came_at = self._clock.now()
         while repeats and (under_way := self._under_way.get(call.fingerprint)) is not None:
             await asyncio.shield(under_way)
         ended = self._under_way[call.fingerprint] = asyncio.get_running_loop().create_future()
         try:
-            earlier = await self._earlier(call, match.policy) if repeats else None
+            earlier = await self._earlier(call, match.policy, came_at) if repeats else None
             return earlier or await self._answer_anew(call, match)
         finally:
             if self._under_way.get(call.fingerprint) is ended:
@@ -101,8 +109,11 @@ class Pipeline:
         """Wait until the decisions of streams whose clients left are durable."""
         await asyncio.gather(*self._finishing, return_exceptions=True)
 
-    async def _earlier(self, call: Call, policy: Policy) -> Reply | Held | None:
-        """What a repeated call is answered with: the decision taken on the same call, if there is one."""
+    async def _earlier(self, call: Call, policy: Policy, came_at: datetime) -> Reply | Held | None:
+        """What a repeated call is answered with: the decision taken on the same call, if there is one.
+
+        A retry without a key gets a response that is held, or was decided on while it waited (since `came_at`).
+        """
         since = self._clock.now() - _ATTACH_WINDOW
         record = await self._store.decision_by_fingerprint(call.fingerprint, since)
         if record is None:
@@ -112,17 +123,16 @@ class Pipeline:
                 "This Idempotency-Key was used with another request body.",
                 code="idempotency_key_reused",
             )
-        return await self._again(call, policy, record)
+        repeated = call.is_idempotent or record.created_at >= came_at
+        return await self._again(call, policy, record, repeated=repeated)
 
     async def _again(
-        self, call: Call, policy: Policy, record: DecisionRecord
+        self, call: Call, policy: Policy, record: DecisionRecord, *, repeated: bool
     ) -> Reply | Held | None:
         task = await self._store.task_of(record.id) if record.action is Action.HOLD else None
-        if task is not None and (
-            call.is_idempotent or task.state in (TaskState.OPEN, TaskState.CLAIMED)
-        ):
+        if task is not None and (repeated or task.state in (TaskState.OPEN, TaskState.CLAIMED)):
             return self._held(call, policy, record, task.id)
-        if not call.is_idempotent or record.action is Action.HOLD or not 200 <= record.status < 300:
+        if not repeated or record.action is Action.HOLD or not 200 <= record.status < 300:
             return None
         if record.action is Action.BLOCK:
             raise _blocked(record)
@@ -193,10 +203,11 @@ class Pipeline:
             raise _blocked(record)
         if record.action is Action.HOLD and task is not None:
             return self._held(call, match.policy, record, task.id)
-        if answer.collected is None or judgement.decision.redactions:
+        stream = answer.collected
+        if stream is None or judgement.decision.redactions or stream.assembler.repeats:
             return _reply(call, record, answer, body)
-        stream = answer.collected.replay(strip=answer.question.injected)
-        return _reply(call, record, answer, stream, is_stream=True)
+        replayed = stream.replay(strip=answer.question.injected)
+        return _reply(call, record, answer, replayed, is_stream=True)
 
     def _held(self, call: Call, policy: Policy, record: DecisionRecord, task_id: str) -> Held:
         hold = policy.hold
@@ -246,8 +257,15 @@ class Pipeline:
         collected = streaming.Collected(sse.Assembler(call.endpoint))
         window = streaming.Window(match.policy) if mode is StreamMode.WINDOW else None
 
-        async def conclude(collected: streaming.Collected) -> GatewayError | None:
-            return await self._conclude(call, match, answer, collected)
+        ending: asyncio.Future[GatewayError | None] | None = None
+
+        def conclude(collected: streaming.Collected) -> Awaitable[GatewayError | None]:
+            nonlocal ending
+            if ending is None:
+                ending = asyncio.ensure_future(self._conclude(call, match, answer, collected))
+                self._finishing.add(ending)
+                ending.add_done_callback(self._finishing.discard)
+            return asyncio.shield(ending)
 
         events = streaming.Relay(
             answer.live,
@@ -255,16 +273,16 @@ class Pipeline:
             strip=answer.question.injected,
             window=window,
             limit_bytes=self._response_bytes,
+            lenient=match.policy.mode is Mode.OBSERVE,
             conclude=conclude,
         ).events()
         try:
             async for part in events:
                 yield part
         except (GeneratorExit, asyncio.CancelledError):
-            collected.fault, collected.message = "truncated", "the client went away"
-            ending = asyncio.ensure_future(conclude(collected))
-            self._finishing.add(ending)
-            ending.add_done_callback(self._finishing.discard)
+            if ending is None:
+                collected.fault, collected.message = "truncated", "the client went away"
+                conclude(collected)
             raise
         finally:
             await events.aclose()
@@ -277,10 +295,13 @@ class Pipeline:
         collected.check()
         read_collected(answer, collected)
         try:
-            if answer.reading is None or (answer.fault and not answer.reading.choices):
+            reading = answer.reading
+            if reading is None or reading.is_failure or (answer.fault and not reading.choices):
                 await self._record_failure(call, match, answer, Action.RETURN, answer.message)
-                return UpstreamError(answer.message, code=f"upstream_{answer.fault}")
+                return _failure(answer, match.policy)
             judgement = self._judge(call, match.policy, answer, attempts_left=0)
+            if answer.fault == "blocked":
+                judgement = stopped(judgement, answer.message)
             body = _delivered_body(answer, judgement.decision)
             note = answer.message or None
             record, _ = await self._recorder.record(
@@ -290,9 +311,7 @@ class Pipeline:
             return error
         if record.action is Action.BLOCK:
             return _blocked(record)
-        return (
-            UpstreamError(answer.message, code=f"upstream_{answer.fault}") if answer.fault else None
-        )
+        return _failure(answer, match.policy)
 
     def _live_headers(self, call: Call, policy: Policy, answer: Answer) -> Headers:
         ours = [
@@ -316,6 +335,13 @@ def _delivered_body(answer: Answer, decision: Decision) -> bytes:
         return answer.client_body()
     texts = wire.redacted_texts(answer.reading, decision.redactions)
     return wire.with_texts(answer.body, texts, answer.reading)
+
+
+def _failure(answer: Answer, policy: Policy) -> UpstreamError | None:
+    """What the client of a stream that went wrong is told, unless the stream itself has told it or nothing is enforced."""
+    if answer.fault in (None, "error", "blocked") or policy.mode is Mode.OBSERVE:
+        return None
+    return UpstreamError(answer.message, code=f"upstream_{answer.fault}")
 
 
 def _blocked(record: DecisionRecord) -> ResponseBlocked:

@@ -215,6 +215,21 @@ def unchecked(action: Action, risk: RiskAssessment, reason: Reason) -> Decision:
     )
 
 
+def stopped(judgement: Judgement, why: str) -> Judgement:
+    """The judgement on a stream that a check has stopped: a block, whatever the part that came would have led to."""
+    decision = judgement.decision
+    blocked = replace(
+        decision,
+        action=Action.BLOCK,
+        intended=Action.BLOCK,
+        zone=Zone.ESCALATE,
+        audit=False,
+        inclusion=0.0,
+        reasons=(*decision.reasons, Reason("stream", why, Action.BLOCK)),
+    )
+    return replace(judgement, decision=blocked)
+
+
 def blocking_reasons(record: DecisionRecord) -> list[JSON]:
     """The reasons of a recorded block that its client may see: which check, and what it found."""
     decision = record.detail.get("decision")

@@ -90,12 +90,15 @@ class Assembler:
     """Puts the events of one stream together into the body that the same answer would have had without `stream`.
 
     `error` is the error object if the provider sent one, `complete` whether every choice ended; unknown fields survive.
+    `repeats` is set if chunks say in a `message` what their deltas say piece by piece, as some providers' do: that copy is
+    not in the body.
     """
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
         self.error: dict[str, Any] | None = None
         self.done = False
+        self.repeats = False
         self._top: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
         self._final: bytes | None = None
@@ -181,15 +184,20 @@ class Assembler:
             if index not in self._choices and len(self._choices) >= _MAX_INDEX:
                 raise ValueError("too many choices")
             choice = self._choices.setdefault(index, {"index": index})
-            for name, value in delta.items():
-                if name == "delta":
-                    _merge(choice.setdefault("message", {"content": None}), value or {})
-                elif name == "text":
-                    choice.setdefault("text", _Pieces()).append(value)
-                elif name == "logprobs":
-                    choice["logprobs"] = _extend(choice.get("logprobs"), value)
-                elif name != "index" and (value is not None or name not in choice):
-                    choice[name] = value
+            self._add_choice(choice, delta)
+
+    def _add_choice(self, choice: dict[str, Any], delta: dict[str, Any]) -> None:
+        for name, value in delta.items():
+            if name == "message" and "delta" in delta:
+                self.repeats = True
+            elif name in ("delta", "message"):
+                _merge(choice.setdefault("message", {"content": None}), value or {})
+            elif name == "text" and isinstance(value, str):
+                choice.setdefault("text", _Pieces()).append(value)
+            elif name == "logprobs":
+                choice["logprobs"] = _extend(choice.get("logprobs"), value)
+            elif name != "index" and (value is not None or name not in choice):
+                choice[name] = value
 
 
 #: Text that is whole each time it comes; all other text in a delta is a piece of something longer.
@@ -266,7 +274,7 @@ _RAW_CHUNK = msgspec.json.Decoder(_RawChunk)
 
 
 def event_without_logprobs(endpoint: str, event: Event) -> bytes:
-    """The event's bytes with every `logprobs` value nulled (emptied, for responses)."""
+    """The event's bytes with every `logprobs` value that says something nulled (emptied, for responses)."""
     if event.data is None or b'"logprobs"' not in event.data:
         return event.raw
     if endpoint == RESPONSES:
@@ -276,7 +284,7 @@ def event_without_logprobs(endpoint: str, event: Event) -> bytes:
     raw = event.raw
     for choice in _RAW_CHUNK.decode(event.data).choices:
         value = bytes(choice.logprobs)
-        if value != b"null":
+        if b'"' in value:
             raw = raw.replace(value, b"null", 1)
     return raw
 

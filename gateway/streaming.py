@@ -6,7 +6,7 @@ durable before the client hears the end of the stream.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from gateway.ports import UpstreamResponse
 from gateway.wire import RESPONSES, Unreadable
 from policies import Policy, Stage, run_stage
 from validators import (
+    MAX_FINDINGS,
     AnyValidator,
     Choice,
     Exchange,
@@ -38,17 +39,28 @@ from validators.normalise import views
 #: How much text that checks see as little a window keeps before it gives up.
 _LONGEST_TAIL = 65_536
 
-_FINAL = (b'"response.completed"', b'"response.incomplete"', b'"response.failed"')
-
 
 @dataclass(slots=True)
 class Collected:
-    """A stream as it came. `fault` says what was wrong with it: `error`, `truncated`, `unreadable`; None if nothing."""
+    """A stream as it came.
+
+    `fault` says what was wrong with it: `error`, `truncated`, `unreadable`; `blocked` if a check stopped it; None if nothing.
+    """
 
     assembler: sse.Assembler
     events: list[sse.Event] = field(default_factory=list)
     fault: str | None = None
     message: str = ""
+
+    def add(self, event: sse.Event) -> None:
+        """Take in one event; after one that cannot be read the rest is not looked at, but for its end."""
+        if self.fault is None:
+            try:
+                self.assembler.add(event)
+            except Unreadable as error:
+                self.fault, self.message = "unreadable", str(error)
+        elif event.is_done:
+            self.assembler.done = True
 
     def check(self) -> None:
         """Set `fault` if the stream ended with an error, or before the answer did."""
@@ -66,9 +78,13 @@ class Collected:
     def replay(self, *, strip: bool) -> bytes:
         """The events as bytes, without the logprobs nobody asked for if `strip`, and ended as the endpoint ends."""
         endpoint = self.assembler.endpoint
-        kept = [event for event in self.events if not event.is_done]
-        parts = [sse.event_without_logprobs(endpoint, e) if strip else e.raw for e in kept]
-        return b"".join(parts) if endpoint == RESPONSES else b"".join((*parts, sse.DONE))
+        parts = [sse.event_without_logprobs(endpoint, e) if strip else e.raw for e in self.events]
+        return b"".join((*parts, self.ending))
+
+    @property
+    def ending(self) -> bytes:
+        """The `[DONE]` that the provider left out."""
+        return b"" if self.assembler.endpoint == RESPONSES or self.assembler.done else sse.DONE
 
 
 async def collect(response: UpstreamResponse, endpoint: str, limit_bytes: int) -> Collected:
@@ -88,11 +104,9 @@ async def collect(response: UpstreamResponse, endpoint: str, limit_bytes: int) -
             if size_bytes > limit_bytes:
                 raise _too_long(limit_bytes)
             for event in splitter.feed(chunk):
-                collected.assembler.add(event)
                 if not collected.assembler.done:
+                    collected.add(event)
                     collected.events.append(event)
-    except Unreadable as error:
-        collected.fault, collected.message = "unreadable", str(error)
     except UpstreamError as error:
         if error.code == "upstream_response_too_large":
             raise
@@ -110,7 +124,8 @@ class Relay:
     """A stream let through as the provider paces it, its end held back until the decision is durable.
 
     With a `window`, text is held back for as long as a match could still grow over it; a match that blocks ends the stream
-    with an error event and none of it was sent. `strip` removes logprobs that the client did not ask for.
+    with an error event and none of it was sent. `strip` removes logprobs that the client did not ask for. An event that
+    cannot be read ends the stream too, unless it is `lenient`.
     """
 
     response: UpstreamResponse
@@ -118,26 +133,28 @@ class Relay:
     strip: bool
     window: Window | None
     limit_bytes: int
+    lenient: bool
     conclude: Conclude
     _last: list[bytes] = field(default_factory=list)
 
     async def events(self) -> AsyncGenerator[bytes]:
         """What the client gets, in pieces as they come."""
-        endpoint = self.collected.assembler.endpoint
         error: GatewayError | None = None
         try:
             async for part in self._parts():
                 yield part
         except UpstreamError as fault:
-            self.collected.fault, self.collected.message, error = "truncated", fault.message, fault
+            error = fault
+            if self.collected.fault is None:
+                self.collected.fault, self.collected.message = "truncated", fault.message
         except ResponseBlocked as blocked:
             error = blocked
-        concluded = await self.conclude(self.collected)
-        error = error or concluded
+            self.collected.fault, self.collected.message = "blocked", blocked.message
+        error = await self.conclude(self.collected) or error
         if error is not None:
-            yield error_events(endpoint, error)
+            yield error_events(self.collected.assembler.endpoint, error)
         else:
-            yield b"".join(self._last) if endpoint == RESPONSES else sse.DONE
+            yield b"".join((*self._last, self.collected.ending))
 
     async def _parts(self) -> AsyncGenerator[bytes]:
         splitter = sse.Splitter()
@@ -155,21 +172,19 @@ class Relay:
 
     def _take(self, event: sse.Event) -> list[bytes]:
         """Note an event down, and say what may go out now."""
-        assembler = self.collected.assembler
-        if assembler.done or event.is_done:
-            assembler.done = True
+        collected, assembler = self.collected, self.collected.assembler
+        if assembler.done:
             return []
-        if self.collected.fault is None:
-            try:
-                assembler.add(event)
-            except Unreadable as error:
-                self.collected.fault, self.collected.message = "unreadable", str(error)
+        collected.add(event)
+        if self.window is not None and assembler.repeats and collected.fault is None:
+            collected.fault = "unreadable"
+            collected.message = "The chunks say their text twice; `stream: buffer` can check that."
+        if collected.fault is not None:
+            if not self.lenient:
+                raise UpstreamError(collected.message, code=f"upstream_{collected.fault}")
+            return [] if event.is_done else [event.raw]
         raw = sse.event_without_logprobs(assembler.endpoint, event) if self.strip else event.raw
-        if (
-            assembler.endpoint == RESPONSES
-            and event.data
-            and any(kind in event.data[:80] for kind in _FINAL)
-        ):
+        if event.is_done or (assembler.endpoint == RESPONSES and assembler.complete):
             self._last.append(raw)
             return []
         return [raw] if self.window is None else self.window.push(raw, event)
@@ -190,6 +205,17 @@ class _Lane:
     tail: str = ""
     tail_start: int = 0
     redactions: list[tuple[int, int, str]] = field(default_factory=list)
+
+    def mask(self, start: int, end: int, replacement: str) -> bool:
+        """Have this stretch replaced, together with what is masked already and overlaps it; False if none does."""
+        touched = [each for each in self.redactions if each[0] < end and start < each[1]]
+        united = (
+            min([start, *(left for left, _, _ in touched)]),
+            max([end, *(right for _, right, _ in touched)]),
+            min(touched)[2] if touched else replacement,
+        )
+        self.redactions = [each for each in self.redactions if each not in touched] + [united]
+        return not touched
 
     @property
     def length(self) -> int:
@@ -226,6 +252,7 @@ class Window:
         scanning = [check for check in acting if isinstance(check, Forbid | Redact | Secrets | Pii)]
         self._stage = Stage(name="window", checks=tuple(scanning))
         self._width = max(check.longest_match or 0 for check in scanning)
+        self._masked: Counter[str] = Counter()
         self._lanes: dict[tuple[Any, ...], _Lane] = {}
         self._waiting: deque[_Waiting] = deque()
 
@@ -271,9 +298,28 @@ class Window:
                     f"The check {check.id} could not run on this stream, so it ends here."
                 )
             for finding in result.findings:
-                if finding.span is not None and (ended or finding.span[1] < len(lane.tail)):
-                    _act(check, finding.span, finding, lane)
+                if finding.span is None:
+                    continue
+                # What begins at a cut was seen before with the text in front of it, which may say that it is no match.
+                begun = finding.span[0] > 0 or lane.tail_start == 0
+                if begun and (ended or finding.span[1] < len(lane.tail)):
+                    self._act(check, finding.span, finding, lane)
         self._trim(lane)
+
+    def _act(
+        self, check: AnyValidator, span: tuple[int, int], finding: Finding, lane: _Lane
+    ) -> None:
+        if check.on_fail is OnFail.BLOCK:
+            raise ResponseBlocked(
+                f"The response was stopped by the check {check.id}: {finding.message}."
+            )
+        start, end = span[0] + lane.tail_start, span[1] + lane.tail_start
+        if lane.mask(start, end, finding.replacement or "[redacted]"):
+            self._masked[check.id] += 1
+        if self._masked[check.id] >= MAX_FINDINGS:
+            raise ResponseBlocked(
+                f"The check {check.id} found more to mask than can be told, so the response ends here."
+            )
 
     def _trim(self, lane: _Lane) -> None:
         keep = 2 * self._width + 2
@@ -286,20 +332,6 @@ class Window:
             )
 
 
-def _act(check: AnyValidator, span: tuple[int, int], finding: Finding, lane: _Lane) -> None:
-    if check.on_fail is OnFail.BLOCK:
-        raise ResponseBlocked(
-            f"The response was stopped by the check {check.id}: {finding.message}."
-        )
-    place = (
-        span[0] + lane.tail_start,
-        span[1] + lane.tail_start,
-        finding.replacement or "[redacted]",
-    )
-    if place not in lane.redactions:
-        lane.redactions.append(place)
-
-
 def _texts(chunk: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], str]]:
     """Every piece of text in a chunk: the lane it belongs to, and where it stands."""
     for choice in chunk.get("choices") or ():
@@ -310,12 +342,19 @@ def _texts(chunk: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, A
         for name in ("content", "refusal", "reasoning_content", "reasoning"):
             if isinstance(delta.get(name), str):
                 yield (index, name), delta, name
+        content = delta.get("content")
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                yield (index, "content"), part, "text"
         calls = [
-            (call.get("index", 0), call.get("function")) for call in delta.get("tool_calls") or ()
+            (call.get("index", 0), call.get(kind))
+            for call in delta.get("tool_calls") or ()
+            for kind in ("function", "custom")
         ]
         for number, function in [*calls, ("call", delta.get("function_call"))]:
-            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                yield (index, "arguments", number), function, "arguments"
+            for name in ("arguments", "input"):
+                if isinstance(function, dict) and isinstance(function.get(name), str):
+                    yield (index, "arguments", number), function, name
 
 
 def _choice(key: tuple[Any, ...], text: str) -> Choice:

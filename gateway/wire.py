@@ -211,7 +211,7 @@ _TOKENS = msgspec.json.Decoder(list[TokenLogprob] | None)
 class Reading:
     """What a response body says.
 
-    `logprob_spans` are the byte ranges of the values of every non-null `logprobs` key, in order; cutting them out
+    `logprob_spans` are the byte ranges of the values of every `logprobs` key that says something, in order; cutting them out
     (`without_logprobs`) leaves a body that is what a client that did not ask would have got.
     """
 
@@ -219,6 +219,13 @@ class Reading:
     upstream_id: str | None
     model: str
     logprob_spans: tuple[tuple[int, int], ...]
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the provider only reports that it failed (a `failed` response with nothing in it)."""
+        return any(c.finish_reason == "failed" for c in self.choices) and not any(
+            passage for choice in self.choices for passage in passages_of(choice)
+        )
 
 
 def read_response(endpoint: str, body: bytes) -> Reading:
@@ -361,7 +368,7 @@ def _spans(body: bytes, raws: Sequence[msgspec.Raw]) -> tuple[tuple[int, int], .
     position = 0
     for raw in raws:
         value = bytes(raw)
-        if value in (b"null", b"[]"):
+        if b'"' not in value:
             continue
         prefix = value[:_PREFIX_BYTES]
         start = body.find(prefix, position)

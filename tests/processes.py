@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 from ruamel.yaml import YAML
 
+from tests.services import new_sqlite
+
 START_S = 30.0
 STOP_S = 20.0
 
@@ -206,7 +208,7 @@ def write_config(
         (folder / "policies" / f"{name}.yaml").write_text(text)
     document: dict[str, Any] = {
         "listen": {"host": "127.0.0.1", "port": 0},
-        "store": {"url": store_url or f"sqlite:///{folder / 'holdgate.db'}"},
+        "store": {"url": store_url or new_sqlite(folder / "holdgate.db")},
         "redis": {"url": redis_url},
         "policies": "policies/",
         "models": [{"match": "*", "base_url": f"{upstream_url}/v1", "api_key_env": None}],

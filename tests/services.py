@@ -12,10 +12,15 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import asyncpg
 import pytest
+from sqlalchemy.engine import make_url
+
+from gateway.store import open_store
 
 _START_S = 30.0
 
@@ -94,6 +99,30 @@ def _listens(path: Path) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
+def migrate(url: str) -> None:
+    """Give an empty database our schema."""
+
+    async def run() -> None:
+        await (await open_store(url)).close()
+
+    with ThreadPoolExecutor(1) as elsewhere:
+        elsewhere.submit(asyncio.run, run()).result()
+
+
+@lru_cache
+def _sqlite_template() -> bytes:
+    with tempfile.TemporaryDirectory(prefix="holdgate-template-") as folder:
+        path = Path(folder) / "holdgate.db"
+        migrate(f"sqlite:///{path}")
+        return path.read_bytes()
+
+
+def new_sqlite(path: Path) -> str:
+    """The URL of a new SQLite file with our schema."""
+    path.write_bytes(_sqlite_template())
+    return f"sqlite:///{path}"
+
+
 class Postgres(_Server):
     """A PostgreSQL cluster on a unix socket. `durable`: with fsync, for measurements."""
 
@@ -109,6 +138,7 @@ class Postgres(_Server):
             cwd=self.folder,
         )
         self._durable = durable
+        self._template: str | None = None
         self.start()
 
     def start(self) -> None:
@@ -143,11 +173,16 @@ class Postgres(_Server):
         """The URL of a database of this cluster."""
         return f"postgresql://holdgate@/{database}?host={self.folder}"
 
-    def new_database(self) -> str:
-        """The URL of a new, empty database."""
+    def new_database(self, *, empty: bool = False) -> str:
+        """The URL of a new database with our schema, or of an empty one."""
+        if self._template is None and not empty:
+            url = self.new_database(empty=True)
+            migrate(url)
+            self._template = make_url(url).database
         name = f"test_{secrets.token_hex(6)}"
+        template = "template1" if empty else self._template
         psql = [_program("psql"), "-h", str(self.folder), "-U", "holdgate", "-q", "postgres"]
-        subprocess.run([*psql, "-c", f"CREATE DATABASE {name}"], check=True)
+        subprocess.run([*psql, "-c", f"CREATE DATABASE {name} TEMPLATE {template}"], check=True)
         return self.url(name)
 
 

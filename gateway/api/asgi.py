@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
+from functools import cached_property
+from urllib.parse import quote, unquote
 
 from starlette.types import Receive, Scope, Send
 
 from gateway.calls import Headers, Reply
 from gateway.errors import InvalidRequest, PayloadTooLarge
+
+#: How often a path may be percent-encoded before we stop looking what is inside.
+_MAX_ENCODINGS = 4
+_PARAMETERS = re.compile(r"[;?#\x00-\x20\x7f]")
 
 
 class Exchange:
@@ -29,11 +36,31 @@ class Exchange:
             (k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]
         ]
         self.values = dict(self.headers)
-        self.path, self.raw_path = _paths(scope)
+        self.raw_path = _raw_path(scope)
         self.id = ""
         self.gone = False
         self.started = False
         self.ended = False
+
+    @cached_property
+    def path(self) -> str:
+        """The path below /v1 as the most forgiving server may read it: decoded to the end, without parameters.
+
+        Raises
+        ------
+        InvalidRequest
+            If it has empty or dot segments: what a provider makes of them may be another path than the one checked here.
+        """
+        path = unquote(self.raw_path)
+        for _ in range(_MAX_ENCODINGS):
+            path = unquote(path)
+        segments = path.split("/")[1:]
+        if {".", ".."} & set(segments) or "" in segments or "\\" in path:
+            raise InvalidRequest(
+                f"The path {path[:200]!r} has empty or dot segments; write it plainly.",
+                code="invalid_path",
+            )
+        return "".join("/" + _PARAMETERS.split(segment, 1)[0] for segment in segments)
 
     @property
     def has_body(self) -> bool:
@@ -139,25 +166,7 @@ def _encoded(headers: Headers) -> list[tuple[bytes, bytes]]:
     ]
 
 
-def _paths(scope: Scope) -> tuple[str, str]:
-    """The path below /v1, decoded and as the client wrote it.
-
-    Paths with empty or dot segments are refused rather than tidied up: what a provider makes of them may be another path than
-    the one checked here.
-    """
-    path: str = scope["path"].removeprefix("/v1")
-    raw: str = (
-        scope.get("raw_path", scope["path"].encode())
-        .decode("latin-1")
-        .partition("?")[0]
-        .removeprefix("/v1")
-    )
-    segments = path.split("/")[1:]
-    if any(segment in (".", "..") for segment in segments) or "" in segments[:-1] or "\\" in path:
-        raise InvalidRequest(
-            f"The path {scope['path']!r} has empty or dot segments; write it plainly.",
-            code="invalid_path",
-        )
-    if path.endswith("/") and path != "/":
-        path, raw = path[:-1], raw.removesuffix("/")
-    return path, raw
+def _raw_path(scope: Scope) -> str:
+    """The path below /v1 as the client wrote it, without a slash at its end."""
+    raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
+    return raw.decode("latin-1").partition("?")[0].removeprefix("/v1").removesuffix("/")

@@ -9,6 +9,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Coroutine
 
+import orjson
 import structlog
 from starlette.types import Receive, Scope, Send
 
@@ -17,7 +18,13 @@ from gateway.api.asgi import Exchange
 from gateway.auth import Caller
 from gateway.calls import Call, Headers, Held, Patience, Reply, make_call, relayed
 from gateway.delivery import error_events
-from gateway.errors import Forbidden, GatewayError, InvalidRequest, NotFound
+from gateway.errors import (
+    Forbidden,
+    GatewayError,
+    InvalidRequest,
+    NotFound,
+    UpstreamError,
+)
 from gateway.ports import UpstreamCall
 from gateway.recording import new_id
 from gateway.records import DecisionRecord, Role
@@ -27,7 +34,7 @@ from policies import Action, Match
 _log = structlog.get_logger()
 
 #: Paths that name one response: `/chat/completions/{id}`, `/responses/{id}/input_items`, ...
-_STORED = re.compile(r"/(?:chat/completions|responses)/([^/]+)(/[a-z_]+)?")
+_STORED = re.compile(r"/(?:chat/completions|responses)/([^/]+)(/[a-z_]+)?", re.IGNORECASE)
 
 
 class OpenAIEdge:
@@ -70,6 +77,13 @@ class OpenAIEdge:
         endpoint = wire.CHECKED_PATHS.get(path.lower())
         if endpoint is not None and exchange.method == "POST":
             await self._checked(exchange, caller, endpoint)
+        elif endpoint is not None and exchange.has_body:
+            raise InvalidRequest(
+                f"{exchange.method} with a body is not known at {path}; use POST.",
+                code="method_not_allowed",
+            )
+        elif endpoint is not None and exchange.method == "GET":
+            await self._list(exchange, caller)
         elif (stored := _STORED.fullmatch(path)) and (record := await self._decided(stored[1])):
             await self._stored(
                 exchange, caller, record, is_ours=stored[1] == record.id, below=stored[2]
@@ -168,8 +182,8 @@ class OpenAIEdge:
         is_ours: bool,
         below: str | None,
     ) -> None:
-        """Answer for a response of ours; the provider's copy of one that was held or blocked is not to be had either."""
-        if not is_ours and record.action not in (Action.HOLD, Action.BLOCK):
+        """Answer for a response of ours; nor is the provider's copy to be had where its client did not get it as it was."""
+        if not is_ours and not _differs(record):
             await self._pass_through(exchange, caller)
             return
         if caller.role is Role.CLIENT and caller.key and record.key_id != caller.key.id:
@@ -182,6 +196,36 @@ class OpenAIEdge:
         exchange.watch()
         wait_s = Patience.of(exchange.values).wait_s or 0.0
         await exchange.respond(await self._services.delivery.poll(record, wait_s=wait_s))
+
+    async def _list(self, exchange: Exchange, caller: Caller) -> None:
+        """List what the provider stored, without what its client did not get as it was."""
+        exchange.watch()
+        call = UpstreamCall(
+            "GET",
+            exchange.raw_path,
+            headers=_forwarded(exchange.headers, caller),
+            query=exchange.query,
+            readable=True,
+        )
+        response = await self._services.models.send(call)
+        body = await response.read(self._services.settings.limits.response_bytes)
+        if 200 <= response.status < 300:
+            body = await self._without_withheld(body)
+        headers = [*relayed(response.headers), ("x-request-id", exchange.id)]
+        await exchange.respond(Reply(response.status, headers, body))
+
+    async def _without_withheld(self, body: bytes) -> bytes:
+        try:
+            listed = orjson.loads(body)
+            decided = [await self._decided(str(item["id"])) for item in listed["data"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UpstreamError("The provider's list is not a list of completions.") from error
+        kept = [
+            item
+            for item, record in zip(listed["data"], decided, strict=True)
+            if record is None or not _differs(record)
+        ]
+        return body if len(kept) == len(decided) else orjson.dumps({**listed, "data": kept})
 
     # ------------------------------------------------------------------------------------------------ unchecked
 
@@ -220,6 +264,13 @@ class OpenAIEdge:
             await exchange.respond(Reply(response.status, headers, response.iter_chunks()))
 
 
+def _differs(record: DecisionRecord) -> bool:
+    """Whether what the provider keeps is not what the client got: held, blocked, corrected or redacted."""
+    decision = record.detail.get("decision")
+    redacted = isinstance(decision, dict) and decision.get("redactions")
+    return record.action in (Action.HOLD, Action.BLOCK) or bool(redacted)
+
+
 def _forwarded(headers: Headers, caller: Caller) -> Headers:
     """The client's headers for the provider: a key of ours is no business of theirs."""
     if caller.key is None:
@@ -245,7 +296,16 @@ async def _late(endpoint: str, working: asyncio.Future[Reply]) -> AsyncIterator[
     elif 200 <= reply.status < 300:
         yield reply.body
     else:
-        message = (
-            f"The provider answered {reply.status}: {reply.body[:2000].decode(errors='replace')}"
-        )
-        yield error_events(endpoint, GatewayError(message, code="upstream_error"))
+        yield error_events(endpoint, _as_error(reply.status, reply.body))
+
+
+def _as_error(status: int, body: bytes) -> GatewayError:
+    """The provider's error as one of ours, with all that it says."""
+    told = f"The provider answered {status}"
+    try:
+        said = dict(orjson.loads(body)["error"])
+        error = UpstreamError(f"{told}: {said['message']}", extra={**said, "status": status})
+    except (ValueError, TypeError, KeyError):
+        return UpstreamError(f"{told}: {body[:2000].decode(errors='replace')}")
+    error.code = str(said.get("code") or said.get("type") or error.code)
+    return error

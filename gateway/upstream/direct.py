@@ -31,7 +31,9 @@ _HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
-_NOT_SENT = _HOP_BY_HOP | {"host", "expect", "prefer", "cookie"}
+#: With these a server may take a GET for a POST, and so for a call that would have to be checked.
+_OVERRIDES = {"x-http-method-override", "x-http-method", "x-method-override"}
+_NOT_SENT = _HOP_BY_HOP | _OVERRIDES | {"host", "expect", "prefer", "cookie"}
 _NOT_RELAYED = _HOP_BY_HOP | {"alt-svc"}
 _PATH = re.compile(r"/[^?#\x00-\x20\x7f-\U0010ffff]*")
 _QUERY = re.compile(r"[^#\x00-\x20\x7f-\U0010ffff]*")

@@ -46,12 +46,18 @@ def request(
     endpoint: str, task: str, prompt: str, *, stream: bool = False, **fields: Any
 ) -> dict[str, Any]:
     """The body of a call to a checked endpoint."""
-    asked: dict[str, Any] = {
+    questions: dict[str, dict[str, Any]] = {
         "chat": {"messages": [{"role": "user", "content": prompt}]},
         "completions": {"prompt": prompt},
         "responses": {"input": prompt},
-    }[endpoint]
-    return {"model": "demo-large", "metadata": {"task": task}, "stream": stream, **asked, **fields}
+    }
+    return {
+        "model": "demo-large",
+        "metadata": {"task": task},
+        "stream": stream,
+        **questions[endpoint],
+        **fields,
+    }
 
 
 def text_of(endpoint: str, body: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import pytest
 from gateway.store import SqlStore, open_store
 from gateway.store.engines import Engine
 from tests.gateway.stores import engine_of
-from tests.services import Postgres, postgres, redis_server
+from tests.services import Postgres, new_sqlite, postgres, redis_server
 
 __all__ = ["postgres", "redis_server"]
 
@@ -22,13 +22,21 @@ def sqlite_url(tmp_path: Path) -> str:
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def store_url(request: pytest.FixtureRequest) -> str:
-    """The URL of a new, empty database, once of each kind."""
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a new database with our schema, once of each kind."""
     if request.param == "sqlite":
-        url: str = request.getfixturevalue("sqlite_url")
-        return url
+        return new_sqlite(tmp_path / "holdgate.db")
     server: Postgres = request.getfixturevalue("postgres")
     return server.new_database()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def empty_url(request: pytest.FixtureRequest, sqlite_url: str) -> str:
+    """The URL of a new database with nothing in it, once of each kind."""
+    if request.param == "sqlite":
+        return sqlite_url
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.new_database(empty=True)
 
 
 @pytest.fixture

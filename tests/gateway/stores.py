@@ -15,7 +15,8 @@ from sqlalchemy.engine import make_url
 
 from gateway.records import DecisionRecord, NewTask, Resolution, TaskKind, Verdict
 from gateway.store import SqlStore, open_store
-from gateway.store.engines import Engine, PostgresEngine, SqliteEngine
+from gateway.store.engines import Engine, SqliteEngine
+from gateway.store.postgres import PostgresEngine
 from policies.model import Action, RiskTier
 
 NOW = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)

@@ -42,8 +42,8 @@ def test_code_is_written_for_the_newest_revision() -> None:
     assert ScriptDirectory.from_config(config).get_heads() == [REVISION]
 
 
-async def test_replicas_that_open_a_new_store_at_once_all_succeed(store_url: str) -> None:
-    stores = await asyncio.gather(*(open_store(store_url) for _ in range(6)))
+async def test_replicas_that_open_a_new_store_at_once_all_succeed(empty_url: str) -> None:
+    stores = await asyncio.gather(*(open_store(empty_url) for _ in range(6)))
     written = [a_decision() for _ in stores]
     await asyncio.gather(*(s.record(d) for s, d in zip(stores, written, strict=True)))
     assert [await stores[0].decision(each.id) for each in written] == written

@@ -1,6 +1,6 @@
 """Run by Alembic: apply revisions to the connection that `gateway.store` opened, inside its transaction.
 
-To write a revision, see `gateway.store.engines.migrate`.
+To write a revision, see `gateway.store.migrating`.
 """
 
 from __future__ import annotations
