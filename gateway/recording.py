@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import orjson
+import structlog
 
 from gateway import wire
 from gateway.asking import Answer
@@ -30,6 +31,8 @@ from policies import (
     to_json,
 )
 from validators import JSON, Choice, Exchange, Passage, Pii, Secrets
+
+_log = structlog.get_logger()
 
 #: How long content is kept for a review task of a policy that keeps none, beyond the hold's deadline.
 _REVIEW_TIME = timedelta(hours=24)
@@ -93,6 +96,19 @@ class Recorder:
             redacted_response=redacted[1],
         )
         self._count(outcome, overhead_ms, upstream_ms, self._clock.monotonic_s() - began_s)
+        _log.info(
+            "decision",
+            id=record.id,
+            request_id=record.request_id,
+            policy=record.policy,
+            action=record.action.value,
+            risk=record.risk.value,
+            confidence=record.confidence,
+            status=record.status,
+            task=task.id if task else None,
+            latency_ms=round(latency_ms, 2),
+            overhead_ms=round(overhead_ms, 2),
+        )
         if task is not None:
             await self._bus.publish(Event(OPENED, task.id))
         return record, task

@@ -154,7 +154,7 @@ class Log(Section):
     """What is logged on standard error, and how."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["json", "console"] = "console"
+    format: Literal["json", "console"] = "json"
 
 
 class HoldSettings(Section):
@@ -193,7 +193,8 @@ def load_settings(path: Path | None, env: Mapping[str, str]) -> Settings:
     """Read the settings of a file and of the variables `HOLDGATE_<PATH>`, which win.
 
     Folders named in the file are relative to it; `calibrators` is beside `policies` if not named.
-    Without `models`, `OPENAI_BASE_URL` and `OPENAI_API_KEY` describe the one provider.
+    An entry of `models` that names neither address nor key (and the one there is without `models`) takes them from
+    `OPENAI_BASE_URL` and `OPENAI_API_KEY`.
 
     Raises
     ------
@@ -279,10 +280,18 @@ def _overlay(data: dict[str, JSON], env: Mapping[str, str], variables: dict[Loc,
     if isinstance(policies := data.get("policies"), str):
         data.setdefault("calibrators", str(Path(policies).parent / "calibrators"))
     if not data.get("models"):
-        key = "OPENAI_API_KEY" if env.get("OPENAI_API_KEY") else None
-        url = env.get("OPENAI_BASE_URL") or None
-        data["models"] = [{"match": "*", "base_url": url, "api_key_env": key}]
-        variables["models", 0, "base_url"] = "OPENAI_BASE_URL"
+        data["models"] = [{"match": "*"}]
+    models = data["models"]
+    for index, entry in enumerate(models if isinstance(models, list) else ()):
+        if isinstance(entry, dict) and not _says_where(entry):
+            entry["base_url"] = env.get("OPENAI_BASE_URL") or None
+            entry["api_key_env"] = "OPENAI_API_KEY" if env.get("OPENAI_API_KEY") else None
+            variables["models", index, "base_url"] = "OPENAI_BASE_URL"
+
+
+def _says_where(entry: dict[str, JSON]) -> bool:
+    named = bool(entry.get("base_url") or entry.get("api_key_env"))
+    return named or entry.get("provider", "openai") != "openai"
 
 
 def _translated(error: ValidationError, placed: Callable[..., str]) -> Iterator[str]:

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import orjson
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -94,6 +95,10 @@ def _forget_the_dead(folder: Path) -> None:
             mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
 
 
+def _json(event: dict[str, object], **_: object) -> str:
+    return orjson.dumps(event, default=str).decode()
+
+
 def configure_logs(level: str, form: str) -> None:
     """Send structured logs to standard error, one line an event: `json`, or `console` for people."""
     rendering: list[structlog.typing.Processor] = (
@@ -101,7 +106,7 @@ def configure_logs(level: str, form: str) -> None:
             structlog.processors.ExceptionRenderer(
                 structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
             ),
-            structlog.processors.JSONRenderer(),
+            structlog.processors.JSONRenderer(serializer=_json),
         ]
         if form == "json"
         else [

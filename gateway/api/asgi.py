@@ -54,7 +54,7 @@ class Exchange:
         path = unquote(self.raw_path)
         for _ in range(_MAX_ENCODINGS):
             path = unquote(path)
-        segments = path.split("/")[1:]
+        segments = path.removesuffix("/").split("/")[1:]
         if {".", ".."} & set(segments) or "" in segments or "\\" in path:
             raise InvalidRequest(
                 f"The path {path[:200]!r} has empty or dot segments; write it plainly.",
@@ -167,6 +167,6 @@ def _encoded(headers: Headers) -> list[tuple[bytes, bytes]]:
 
 
 def _raw_path(scope: Scope) -> str:
-    """The path below /v1 as the client wrote it, without a slash at its end."""
+    """The path below /v1 as the client wrote it."""
     raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
-    return raw.decode("latin-1").partition("?")[0].removeprefix("/v1").removesuffix("/")
+    return raw.decode("latin-1").partition("?")[0].removeprefix("/v1")

@@ -55,7 +55,16 @@ def test_openai_variables_describe_the_one_provider() -> None:
     assert settings.secret(settings.models[0].api_key_env) == "sk-1"
 
 
-def test_openai_variables_are_not_read_if_the_file_has_models(tmp_path: Path) -> None:
+def test_openai_variables_describe_an_entry_that_names_neither_address_nor_key(
+    tmp_path: Path,
+) -> None:
+    env = {"OPENAI_BASE_URL": "http://localhost:1234/v1", "OPENAI_API_KEY": "sk-1"}
+    settings = load(tmp_path, "models: [{match: a, retries: 1}]", env)
+    assert settings.models[0].base_url == "http://localhost:1234/v1"
+    assert settings.secret(settings.models[0].api_key_env) == "sk-1"
+
+
+def test_openai_key_is_not_given_to_an_address_that_the_file_names(tmp_path: Path) -> None:
     env = {"OPENAI_BASE_URL": "http://elsewhere/v1", "OPENAI_API_KEY": "sk-1"}
     settings = load(tmp_path, "models: [{match: a, base_url: 'http://here/v1'}]", env)
     assert settings.models == (ModelEntry(match="a", base_url="http://here/v1"),)
@@ -71,7 +80,7 @@ def test_environment_wins_over_the_file_and_the_file_over_the_default(tmp_path: 
     text = "listen: {host: 0.0.0.0, port: 1}\nworkers: 2"
     settings = load(tmp_path, text, {"HOLDGATE_LISTEN_PORT": "2", "HOLDGATE_LOG_LEVEL": "debug"})
     assert (settings.listen.host, settings.listen.port) == ("0.0.0.0", 2)
-    assert (settings.workers, settings.log.level, settings.log.format) == (2, "debug", "console")
+    assert (settings.workers, settings.log.level, settings.log.format) == (2, "debug", "json")
 
 
 @pytest.mark.parametrize(
