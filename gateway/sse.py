@@ -225,8 +225,11 @@ def _merge(into: dict[str, Any], delta: dict[str, Any]) -> None:
 def _merge_list(into: list[Any], deltas: list[Any]) -> list[Any]:
     for delta in deltas:
         index = delta.get("index") if isinstance(delta, dict) else None
-        found = next((i for i in into if isinstance(i, dict) and i.get("index") == index), None)
-        if index is None or found is None:
+        if index is not None:
+            found = next((i for i in into if isinstance(i, dict) and i.get("index") == index), None)
+        else:
+            found = into[-1] if into and _continues(into[-1], delta) else None
+        if found is None:
             if len(into) >= _MAX_INDEX:
                 raise ValueError("too many parts")
             found = {"index": index} if index is not None else {}
@@ -234,6 +237,17 @@ def _merge_list(into: list[Any], deltas: list[Any]) -> list[Any]:
         if isinstance(delta, dict):
             _merge(found, delta)
     return into
+
+
+#: What content parts that come without a number are pieces of; `thinking` is Mistral's.
+_PART_TEXTS = frozenset({"text", "thinking"})
+
+
+def _continues(part: Any, delta: Any) -> bool:
+    """Whether a part without a number goes on with the text of the one before it."""
+    if not isinstance(part, dict) or not isinstance(delta, dict):
+        return False
+    return part.get("type") == delta.get("type") and bool(_PART_TEXTS & part.keys() & delta.keys())
 
 
 def _extend(before: Any, value: Any) -> Any:
@@ -256,7 +270,7 @@ def _joined(value: Any) -> Any:
         return {name: _joined(inner) for name, inner in value.items()}
     if isinstance(value, list) and value and isinstance(value[0], dict) and "index" in value[0]:
         return [{name: _joined(v) for name, v in item.items() if name != "index"} for item in value]
-    return value
+    return [_joined(item) for item in value] if isinstance(value, list) else value
 
 
 # --------------------------------------------------------------------------------------------------- event surgery
