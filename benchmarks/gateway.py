@@ -110,7 +110,6 @@ def write_config(folder: Path, kind: str) -> Path:
         "policies": "policies/",
         "calibrators": "calibrators/",
         "models": [model],
-        "log": {"level": "warning"},
     }
     path = folder / "holdgate.yaml"
     path.write_text(json.dumps(config))
@@ -120,7 +119,9 @@ def write_config(folder: Path, kind: str) -> Path:
 @contextmanager
 def process(*argv: str, cores: list[int], ready: str) -> Iterator[psutil.Process]:
     """A server on these cores, from the time its `ready` address answers."""
-    child = subprocess.Popen([sys.executable, "-m", *argv], stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-m", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     tree = psutil.Process(child.pid)
     tree.cpu_affinity(cores)
     try:

@@ -1,14 +1,9 @@
-"""Wake-ups within one process, and the way to open a bus; `gateway.redis_bus` reaches other replicas."""
+"""Opening a bus: `gateway.local_bus` within one process, `gateway.redis_bus` between replicas."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import structlog
-
-from gateway.ports import Bus, Event
-
-_log = structlog.get_logger(__name__)
+from gateway.local_bus import InProcessBus
+from gateway.ports import Bus
 
 
 async def open_bus(url: str | None) -> Bus:
@@ -24,35 +19,3 @@ async def open_bus(url: str | None) -> Bus:
     bus = RedisBus(url)
     await bus.open()
     return bus
-
-
-class InProcessBus:
-    """Calls the subscribers of this process."""
-
-    def __init__(self) -> None:
-        self._handlers: dict[object, Callable[[Event], None]] = {}
-
-    async def publish(self, event: Event) -> None:
-        """Call every subscriber before this returns."""
-        self._deliver(event)
-
-    def subscribe(self, handler: Callable[[Event], None]) -> Callable[[], None]:
-        """Call `handler` for every event from now on; returns the way to stop it."""
-        key = object()
-        self._handlers[key] = handler
-
-        def unsubscribe() -> None:
-            self._handlers.pop(key, None)
-
-        return unsubscribe
-
-    async def close(self) -> None:
-        """Forget every subscriber."""
-        self._handlers.clear()
-
-    def _deliver(self, event: Event) -> None:
-        for handler in tuple(self._handlers.values()):
-            try:
-                handler(event)
-            except Exception:  # noqa: BLE001 - one subscriber's fault must not keep the event from the others
-                _log.exception("bus.handler_failed", kind=event.kind, id=event.id)

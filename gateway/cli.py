@@ -67,6 +67,7 @@ def serve(
     workers: Annotated[int | None, typer.Option(help="overrides workers")] = None,
 ) -> None:
     """Run the gateway."""
+    from gateway.policy_files import load  # noqa: PLC0415 - other commands need no policies
     from gateway.serving import serve as run  # noqa: PLC0415 - other commands need no web server
 
     given = {
@@ -76,7 +77,14 @@ def serve(
     }
     os.environ.update({name: str(value) for name, value in given.items() if value is not None})
     path = _config_path(config)
-    run(_settings(path), path)
+    settings = _settings(path)
+    # The server would say the same of a mistake, but from deep within its start.
+    try:
+        load(settings.policies, settings.calibrators)
+    except (PolicyError, CalibrationError, OSError) as error:
+        _fail(str(error))
+    _with_store(path, SqlStore.ping)
+    run(settings, path)
 
 
 @app.command()

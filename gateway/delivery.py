@@ -121,7 +121,7 @@ class Delivery:
             assert isinstance(body, bytes)
             yield body
         except GatewayError as error:
-            yield error_events(held.endpoint, error)
+            yield sse.error_events(held.endpoint, error)
 
     def held_error(self, held: Held) -> ResponseHeld:
         """The 423 that says where to ask again."""
@@ -180,22 +180,6 @@ def placeholder(endpoint: str, decision_id: str) -> dict[str, Any]:
         choice |= {"message": {"role": "assistant", "content": None, "refusal": _HELD_TEXT}}
     kind = "text_completion" if endpoint == wire.COMPLETIONS else "chat.completion"
     return {"id": decision_id, "object": kind, "created": 0, "model": "", "choices": [choice]}
-
-
-def error_events(endpoint: str, error: GatewayError) -> bytes:
-    """An error on a stream that has begun: one event the SDKs raise as `APIError`, then the end."""
-    if endpoint == wire.RESPONSES:
-        fields = {
-            "type": "error",
-            "code": error.code,
-            "message": error.message,
-            "param": error.param,
-        }
-        body = orjson.dumps(
-            {**fields, "error": orjson.loads(error.body())["error"], "sequence_number": 0}
-        )
-        return sse.encode(body, "error")
-    return sse.encode(error.body()) + sse.DONE
 
 
 def decision_headers(decision: DecisionRecord) -> Headers:

@@ -15,6 +15,7 @@ Bad answers are data (`CheckResult`); exceptions are for us, the caller, or the 
     ├─ Conflict 409                 already resolved, or the lease is lost (review API only)
     ├─ PayloadTooLarge 413
     ├─ ResponseHeld 423             waiting for a person
+    ├─ HeadTooLarge 431
     ├─ UpstreamError 502
     │  └─ UpstreamTimeout 504
     └─ StoreError 503               the record could not be made durable; carries retry-after
@@ -121,6 +122,12 @@ class ResponseHeld(GatewayError):
     """The response waits for a person; `extra["hold"]` says where to ask for it."""
 
     status, code, type, should_retry = 423, "response_held", "policy_hold", False
+
+
+class HeadTooLarge(GatewayError):
+    """The request line and headers are over the configured limit."""
+
+    status, code, type, should_retry = 431, "headers_too_large", "invalid_request_error", False
 
 
 class UpstreamError(GatewayError):

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
 import orjson
@@ -264,8 +265,11 @@ def new_id(prefix: str, now: datetime) -> str:
 
 #: Checks report a bounded number of findings, so a body is masked in rounds.
 _MASK_ROUNDS = 20
-_SECRETS = Secrets(id="secrets", use="secrets")
-_PII = Pii(id="pii", use="pii")
+
+
+@cache
+def _masking() -> tuple[Secrets, Pii]:
+    return Secrets(id="secrets", use="secrets"), Pii(id="pii", use="pii")
 
 
 def masked(body: bytes | None) -> bytes | None:
@@ -283,7 +287,7 @@ def masked(body: bytes | None) -> bytes | None:
             Passage(str(number), holder[key]) for number, (holder, key) in enumerate(places)
         )
         exchange = Exchange("chat", {}, (Choice("", texts=passages),))
-        findings = [f for check in (_SECRETS, _PII) for f in check.run(exchange).findings]
+        findings = [f for check in _masking() for f in check.run(exchange).findings]
         if not findings:
             return orjson.dumps(document[0]) if document else None
         for number, text in wire.masked_texts(passages, findings).items():

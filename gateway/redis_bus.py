@@ -15,7 +15,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
-from gateway.bus import InProcessBus
+from gateway.local_bus import InProcessBus
 from gateway.ports import Event
 
 _CHANNEL = "holdgate:events"

@@ -15,25 +15,28 @@ from pathlib import Path
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from gateway.api.protocol import Protocol
 from gateway.settings import Settings
+from gateway.telemetry import configure_logs
 
 _KEEP_ALIVE_S = 75
 
 
 def serve(settings: Settings, config_path: Path | None) -> None:
     """Serve until told to stop; prints one line to standard output when requests are answered."""
+    configure_logs(settings.log.level, settings.log.format)
     sock = _listen(settings)
     if config_path is not None:
         os.environ["HOLDGATE_CONFIG"] = str(config_path.resolve())
     config = uvicorn.Config(
         "gateway.app:worker",
         factory=True,
-        http="httptools",
+        http=Protocol,
         loop="uvloop",
         ws="none",
         workers=settings.workers,
         access_log=False,
-        log_level="warning",
+        log_config=None,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.shutdown_grace_s),

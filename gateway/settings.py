@@ -142,6 +142,7 @@ class Limits(Section):
 
     request_bytes: ByteSize = ByteSize(50_000_000)
     response_bytes: ByteSize = ByteSize(20_000_000)
+    header_bytes: ByteSize = ByteSize(64_000)
 
 
 class Keys(Section):

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import orjson
 
+from gateway.errors import GatewayError
 from gateway.wire import CHAT, NO_RAW, RESPONSES, Unreadable
 
 DONE = b"data: [DONE]\n\n"
@@ -79,6 +80,22 @@ def comment(text: str) -> bytes:
     return b": " + text.encode() + b"\n\n"
 
 
+def error_events(endpoint: str, error: GatewayError) -> bytes:
+    """An error on a stream that has begun: one event the SDKs raise as `APIError`, then the end."""
+    if endpoint == RESPONSES:
+        fields = {
+            "type": "error",
+            "code": error.code,
+            "message": error.message,
+            "param": error.param,
+        }
+        body = orjson.dumps(
+            {**fields, "error": orjson.loads(error.body())["error"], "sequence_number": 0}
+        )
+        return encode(body, "error")
+    return encode(error.body()) + DONE
+
+
 # ------------------------------------------------------------------------------------------------- putting together
 
 
@@ -131,7 +148,7 @@ class Assembler:
                 self._add_response_event(chunk)
             else:
                 self._add_chunk(chunk)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise Unreadable(f"The provider's stream is not readable: {error}.") from error
 
     @property
@@ -142,7 +159,13 @@ class Assembler:
         return bool(self._choices) and all(c.get("finish_reason") for c in self._choices.values())
 
     def body(self) -> bytes:
-        """The equivalent non-streamed body; of an incomplete stream, as much as came."""
+        """The equivalent non-streamed body; of an incomplete stream, as much as came.
+
+        Raises
+        ------
+        Unreadable
+            If it is nested too deeply to be written.
+        """
         if self.endpoint == RESPONSES:
             if self._final is not None:
                 return self._final
@@ -157,8 +180,11 @@ class Assembler:
                 {**self._top, "status": "incomplete", "output": [item] if self._text else []}
             )
         kind = "chat.completion" if self.endpoint == CHAT else "text_completion"
-        choices = [_joined(self._choices[index]) for index in sorted(self._choices)]
-        return orjson.dumps({**self._top, "object": kind, "choices": choices})
+        try:
+            choices = [_joined(self._choices[index]) for index in sorted(self._choices)]
+            return orjson.dumps({**self._top, "object": kind, "choices": choices})
+        except (orjson.JSONEncodeError, RecursionError) as error:
+            raise Unreadable(f"The provider's stream is not readable: {error}.") from error
 
     def _add_response_event(self, chunk: dict[str, Any]) -> None:
         kind = chunk["type"]

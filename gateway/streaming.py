@@ -6,7 +6,7 @@ durable before the client hears the end of the stream.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import orjson
 
 from gateway import sse
-from gateway.delivery import error_events
 from gateway.errors import GatewayError, ResponseBlocked, UpstreamError
 from gateway.ports import UpstreamResponse
 from gateway.wire import RESPONSES, Unreadable
@@ -152,7 +151,7 @@ class Relay:
             self.collected.fault, self.collected.message = "blocked", blocked.message
         error = await self.conclude(self.collected) or error
         if error is not None:
-            yield error_events(self.collected.assembler.endpoint, error)
+            yield sse.error_events(self.collected.assembler.endpoint, error)
         else:
             yield b"".join((*self._last, self.collected.ending))
 
@@ -164,9 +163,14 @@ class Relay:
                 size_bytes += len(chunk)
                 if size_bytes > self.limit_bytes:
                     raise _too_long(self.limit_bytes)
-                ready = [raw for event in splitter.feed(chunk) for raw in self._take(event)]
-                if ready:
-                    yield b"".join(ready)
+                ready: list[bytes] = []
+                try:
+                    for event in splitter.feed(chunk):
+                        ready += self._take(event)
+                finally:
+                    # What came before an event that ends the stream goes out all the same.
+                    if ready:
+                        yield b"".join(ready)
         if self.window is not None:
             yield b"".join(self.window.finish())
 
@@ -233,8 +237,14 @@ class _Waiting:
     """An event not yet let go: its bytes, and which part of which lane each of its texts is."""
 
     raw: bytes
-    chunk: dict[str, Any] | None
+    chunk: dict[str, Any]
     pieces: list[tuple[_Lane, int, int, dict[str, Any], str]]
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it says that something is over, so that nothing may come after it that came before it."""
+        choices = self.chunk.get("choices")
+        return any(c.get("finish_reason") for c in choices) if choices else bool(self.chunk)
 
 
 class Window:
@@ -242,7 +252,8 @@ class Window:
 
     The checks see the growing text in slices that overlap by the length of the longest possible match on both sides: every
     match is seen whole, is believed once the text goes on behind it, and no character goes out while a match could still
-    begin at or before it.
+    begin at or before it. What is held back of one text holds back no other: reasoning that has ended waits for the end of
+    the stream, the answer after it does not.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -254,7 +265,7 @@ class Window:
         self._width = max(check.longest_match or 0 for check in scanning)
         self._masked: Counter[str] = Counter()
         self._lanes: dict[tuple[Any, ...], _Lane] = {}
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: list[_Waiting] = []
 
     def push(self, raw: bytes, event: sse.Event) -> list[bytes]:
         """Take in an event; the bytes that may go out now.
@@ -267,22 +278,35 @@ class Window:
         chunk = orjson.loads(event.data) if event.data is not None else {}
         pieces = []
         for key, holder, name in _texts(chunk):
+            if not holder[name]:
+                continue
             lane = self._lanes.setdefault(key, _Lane(is_json=key[1] == "arguments"))
             start = lane.length
             lane.tail += holder[name]
             pieces.append((lane, start, lane.length, holder, name))
             self._check(key, lane, ended=False)
         self._waiting.append(_Waiting(raw, chunk, pieces))
-        ready = []
-        while self._waiting and self._may_go(self._waiting[0]):
-            ready.append(_released(self._waiting.popleft()))
-        return ready
+        return self._release()
 
     def finish(self) -> list[bytes]:
         """The end of the stream: check what is left and let everything go. Raises `ResponseBlocked` as `push` does."""
         for key, lane in self._lanes.items():
             self._check(key, lane, ended=True)
-        return [_released(self._waiting.popleft()) for _ in range(len(self._waiting))]
+        return [_released(waiting) for waiting in self._waiting]
+
+    def _release(self) -> list[bytes]:
+        ready: list[bytes] = []
+        kept: list[_Waiting] = []
+        stalled: set[int] = set()
+        for waiting in self._waiting:
+            lanes = {id(lane) for lane, *_ in waiting.pieces}
+            if (kept and waiting.is_ending) or lanes & stalled or not self._may_go(waiting):
+                kept.append(waiting)
+                stalled |= lanes
+            else:
+                ready.append(_released(waiting))
+        self._waiting = kept
+        return ready
 
     def _may_go(self, waiting: _Waiting) -> bool:
         return all(lane.seen_after(end) > self._width for lane, _, end, _, _ in waiting.pieces)
@@ -380,7 +404,7 @@ def _released(waiting: _Waiting) -> bytes:
                 )
                 changed = True
         holder[name] = text
-    if not changed or waiting.chunk is None:
+    if not changed:
         return waiting.raw
     for choice in waiting.chunk["choices"]:
         if "logprobs" in choice:

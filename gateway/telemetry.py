@@ -100,7 +100,14 @@ def _json(event: dict[str, object], **_: object) -> str:
 
 
 def configure_logs(level: str, form: str) -> None:
-    """Send structured logs to standard error, one line an event: `json`, or `console` for people."""
+    """Send structured logs to standard error, one line an event: `json`, or `console` for people.
+
+    Of what libraries log, warnings and worse are let through, in the same form.
+    """
+    opening: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
     rendering: list[structlog.typing.Processor] = (
         [
             structlog.processors.ExceptionRenderer(
@@ -115,12 +122,17 @@ def configure_logs(level: str, form: str) -> None:
             )
         ]
     )
+    libraries = logging.StreamHandler(sys.stderr)
+    without_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    libraries.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[without_meta, *rendering], foreign_pre_chain=opening
+        )
+    )
+    logging.basicConfig(handlers=[libraries], level=logging.WARNING, force=True)
+    logging.captureWarnings(capture=True)
     structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *rendering,
-        ],
+        processors=[*opening, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[level.upper()]
         ),

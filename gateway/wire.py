@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import orjson
@@ -28,6 +28,9 @@ CHECKED_PATHS = {"/chat/completions": CHAT, "/completions": COMPLETIONS, "/respo
 PATH_OF = {endpoint: path for path, endpoint in CHECKED_PATHS.items()}
 
 NO_RAW = msgspec.Raw(b"null")
+
+#: orjson writes no more than 254 levels.
+_MAX_DEPTH = 200
 
 
 class Unreadable(ValueError):
@@ -51,7 +54,22 @@ def parse_request(body: bytes) -> dict[str, JSON]:
         raise Unreadable(f"The request body is not valid JSON: {error}.") from error
     if not isinstance(request, dict):
         raise Unreadable("The request body must be a JSON object.")
+    if _is_too_deep(body, request):
+        raise Unreadable(f"The request body is nested more than {_MAX_DEPTH} levels deep.")
     return request
+
+
+def _is_too_deep(body: bytes, document: Any) -> bool:
+    """Whether a document, which is what the body says, is nested deeper than we can take apart and write again."""
+    if body.count(b"{") + body.count(b"[") <= _MAX_DEPTH:
+        return False
+    level = [document]
+    for _ in range(_MAX_DEPTH):
+        holders = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for each in holders for value in each if isinstance(value, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def facts(
@@ -237,13 +255,16 @@ def read_response(endpoint: str, body: bytes) -> Reading:
         If it is not such a body.
     """
     try:
-        if endpoint == RESPONSES:
-            return _read_responses(body)
-        return _read_choices(endpoint, body)
-    except (msgspec.DecodeError, RecursionError) as error:
+        read = _read_responses(body) if endpoint == RESPONSES else _read_choices(endpoint, body)
+        # What msgspec passes over must be sound too: it may have to be written again. Logprobs are read whole.
+        rest = without_logprobs(body, read)
+        if _is_too_deep(rest, orjson.loads(rest)):
+            raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
+    except (ValueError, RecursionError) as error:
         raise Unreadable(
             f"The provider's answer is not what {PATH_OF[endpoint]} should give: {error}."
         ) from error
+    return read
 
 
 def _read_choices(endpoint: str, body: bytes) -> Reading:
@@ -454,17 +475,38 @@ def masked_texts(passages: Iterable[Passage], findings: Iterable[Finding]) -> di
     for finding in findings:
         by_path.setdefault(finding.path.partition("#")[0], []).append(finding)
     texts = {passage.path: passage.text for passage in passages}
-    return {path: _mask(texts[path], found) for path, found in by_path.items()}
+    return {
+        path: with_masks(texts[path], united(masks_of(found))) for path, found in by_path.items()
+    }
 
 
-def _mask(text: str, findings: Iterable[Finding]) -> str:
-    merged: list[tuple[int, int, str]] = []
-    for finding in sorted((f for f in findings if f.span), key=lambda f: f.span or (0, 0)):
-        start, end = cast("tuple[int, int]", finding.span)
-        if merged and start < merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]), merged[-1][2])
+#: A stretch of a text, in code points, and what takes its place.
+Mask = tuple[int, int, str]
+
+
+def masks_of(findings: Iterable[Finding]) -> list[Mask]:
+    """The stretches that findings ask to replace, in their order."""
+    return [(*f.span, f.replacement or "[redacted]") for f in findings if f.span is not None]
+
+
+def united(masks: Iterable[Mask]) -> list[Mask]:
+    """The masks by where they start; those that overlap are one, with the replacement of the first."""
+    apart: list[Mask] = []
+    for start, end, replacement in sorted(masks, key=lambda mask: mask[:2]):
+        if apart and start < apart[-1][1]:
+            apart[-1] = (apart[-1][0], max(end, apart[-1][1]), apart[-1][2])
         else:
-            merged.append((start, end, finding.replacement or "[redacted]"))
-    for start, end, replacement in reversed(merged):
-        text = text[:start] + replacement + text[end:]
-    return text
+            apart.append((start, end, replacement))
+    return apart
+
+
+def with_masks(text: str, masks: Iterable[Mask], offset: int = 0) -> str:
+    """The part of a longer text that begins at `offset`, masked; `masks` are of the longer text and united."""
+    parts: list[str] = []
+    at, end = offset, offset + len(text)
+    for left, right, replacement in masks:
+        if left < end and right > offset:
+            parts.append(text[at - offset : max(left, at) - offset])
+            parts.append(replacement if left >= offset else "")
+            at = min(right, end)
+    return "".join((*parts, text[at - offset :]))

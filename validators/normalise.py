@@ -7,9 +7,11 @@ A rule that looks for `password` must also find it written with a zero-width spa
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator
+from functools import cache
 
 #: Characters that are not seen: soft hyphen, joiners, direction marks, invisible operators, variation selectors, tags
 #: (Unicode 15, `Default_Ignorable_Code_Point` as far as text can carry it).
@@ -18,7 +20,15 @@ _HIDDEN = re.compile(
     "\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]"
 )
 _JSON_ESCAPE = re.compile(r'\\(?:u[0-9a-fA-F]{4}(?:\\u[dD][c-fC-F][0-9a-fA-F]{2})?|["\\/bfnrt])')
+#: An escape that the end of the text cuts off, or one that more text may make half of a pair; or a whole one.
+_UNFINISHED = re.compile(
+    r"(?P<cut>\\(?:u[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u(?:[dD](?:[c-fC-F][0-9a-fA-F]?)?)?)?)?|u[0-9a-fA-F]{0,3})?\Z)|"
+    + _JSON_ESCAPE.pattern
+)
 _SHORT_ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+
+#: Of ASCII, what can become another character with a mark behind it.
+_JOINED = frozenset(("<", "=", ">", *string.ascii_letters))
 
 #: Longest run of marks treated as one character; the stream-safe format of UAX #15 allows 30.
 _MAX_CLUSTER = 32
@@ -60,6 +70,19 @@ class View:
             finish = origin + end - self._starts[last]
         return self._base.original(begin, finish)
 
+    def position(self, offset: int) -> int:
+        """The first place in `text` that comes from `offset` of the original text or from behind it."""
+        if self._base is None:
+            return offset
+        inner = self._base.position(offset)
+        index = bisect_right(self._pieces, inner, key=lambda piece: piece[0]) - 1
+        if index < 0:
+            return 0
+        begin, finish, kept = self._pieces[index]
+        if inner == begin or (kept and inner < finish):
+            return self._starts[index] + inner - begin
+        return self._starts[index + 1] if index + 1 < len(self._starts) else len(self.text)
+
 
 def views(text: str, *, is_json: bool) -> tuple[View, ...]:
     r"""The text as written, then, if it differs, with JSON escapes undone and folded (NFKC, hidden characters dropped).
@@ -76,6 +99,62 @@ def views(text: str, *, is_json: bool) -> tuple[View, ...]:
     if not folded.ascii:
         folded = _rewritten(folded, _clusters(folded.text))
     return (written,) if folded is written else (written, folded)
+
+
+class Growing:
+    """A text of which more is to come, unless it has `ended`.
+
+    Matches are looked for from `start` on; what is before that was looked at, and is only there to be looked back at.
+    What comes may still change the `views`: from `settled` on the last character, made from one of `bases`, which marks
+    may join; from `cut` on everything, where an escape is unfinished. Both are the length of the text if nothing can.
+    """
+
+    __slots__ = ("bases", "cut", "ended", "settled", "start", "text", "views")
+
+    def __init__(self, text: str, start: int = 0, *, ended: bool = False) -> None:
+        self.text = text
+        self.start = start
+        self.ended = ended
+        self.views = views(text, is_json=False)
+        self.settled = self.cut = len(text)
+        self.bases = ""
+        if not ended:
+            self._unsettle()
+
+    def context(self, offset: int) -> int:
+        """Where the text before `offset` may be cut off so that every view still shows two characters before it."""
+        begins = [len(self.text)]
+        for view in self.views:
+            first = view.position(offset) - 2
+            begins.append(view.original(first, first + 1)[0] if first > 0 else 0)
+        return min(begins)
+
+    def _unsettle(self) -> None:
+        text = self.text
+        read = View(text)
+        if "\\" in text:
+            cuts = (match.start() for match in _UNFINISHED.finditer(text) if match["cut"])
+            self.cut = self.settled = next(cuts, len(text))
+            read = _rewritten(View(text[: self.cut]), _escapes(text[: self.cut]))
+        chars = read.text
+        first = len(chars)
+        while first and chars[first - 1] > "\x7f" and _joins(chars[first - 1]):
+            first -= 1
+        if first == len(chars) and chars[-1:] <= "\x7f" and chars[-1:] not in _JOINED:
+            return
+        first = max(first - 1, 0)
+        self.bases = unicodedata.normalize("NFKD", chars[first])
+        self.settled = read.original(first, first + 1)[0]
+        if len(chars) - first > _MAX_CLUSTER:
+            self.cut = self.settled
+
+
+@cache
+def composed() -> str:
+    """Every character that marks can make of another one, in its normal form (NFKC)."""
+    blocks = (*range(0xA0, 0xD7A4), *range(0x11000, 0x12000))
+    found = (char for char in map(chr, blocks) if unicodedata.normalize("NFD", char) != char)
+    return "".join(char for char in found if unicodedata.is_normalized("NFKC", char))
 
 
 def _rewritten(base: View, changes: Iterator[tuple[int, int, str]]) -> View:

@@ -12,25 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import re2
 
+from validators.syntax import TOKEN, counts, read
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MAX_MEM_BYTES = 16 << 20
 _MAX_PATTERN_CHARS = 10_000
-
-_TOKEN = re.compile(
-    r"""
-    (?P<quote>\\Q(?:.*?)(?:\\E|\Z))
-  | (?P<set>\[\^?\]?(?:\[:\^?\w+:\]|\\.|[^\]\\])*+\])
-  | (?P<escape>\\(?:x\{[0-9A-Fa-f]*\}|x[0-9A-Fa-f]{2}|[pP](?:\{[^}]*\}|.)
-        |[kg](?:<\w*>|\{\w*\}|'\w*')|u[0-9A-Fa-f]{4}|c[A-Za-z]|[0-7]{1,3}|.))
-  | (?P<group>\((?:\?(?:P?<[A-Za-z_]\w*>|P[=>]\w*\)?|[A-Za-z-]*:|[A-Za-z-]*\)|<[=!]|.))?)
-  | (?P<repeat>(?:[*+?]|\{\d+(?:,\d*)?\})[?+]?)
-  | (?P<alt>\|) | (?P<close>\)) | (?P<anchor>[\^$]) | (?P<char>.)
-    """,
-    re.VERBOSE | re.DOTALL,
-)
-_ZERO_WIDTH = ("\\b", "\\B", "\\A", "\\z")
 
 
 class _Refusal(NamedTuple):
@@ -109,7 +97,7 @@ def compile_re2(pattern: str) -> re2._Regexp:
         raise ValueError(
             f"the pattern is not text: {error.reason} at offset {error.start}"
         ) from error
-    for token in _TOKEN.finditer(pattern):
+    for token in TOKEN.finditer(pattern):
         if token[0] == "\\C":
             raise ValueError(
                 f"\\C at offset {token.start()} matches half a character: write (?s:.)"
@@ -155,69 +143,11 @@ def max_match_length(pattern: str) -> int | None:
 
 def match_widths(pattern: str) -> tuple[int, float]:
     """The shortest and the longest match of an accepted pattern in code points; the longest may be infinite."""
-    stack = [_Branches()]
-    for token in _TOKEN.finditer(pattern):
-        kind, text = token.lastgroup, token[0]
-        if kind == "group":
-            if not text.endswith(")"):
-                stack.append(_Branches())
-        elif kind == "close":
-            closed = stack.pop().total()
-            stack[-1].append(*closed)
-        elif kind == "alt":
-            stack[-1].split()
-        elif kind == "repeat":
-            stack[-1].repeat(*_counts(text))
-        elif kind == "quote":
-            for _ in text[2:].removesuffix("\\E"):
-                stack[-1].append(1, 1)
-        else:
-            width = 0 if kind == "anchor" or text in _ZERO_WIDTH else 1
-            stack[-1].append(width, width)
-    return stack[0].total()
-
-
-class _Branches:
-    """Widths of the alternatives of one group while it is read."""
-
-    def __init__(self) -> None:
-        self._done: list[tuple[int, float]] = []
-        self._parts: list[tuple[int, float]] = []
-
-    def append(self, low: int, high: float) -> None:
-        self._parts.append((low, high))
-
-    def repeat(self, low: int, high: float) -> None:
-        shortest, longest = self._parts.pop()
-        self._parts.append((shortest * low, longest * high if longest and high else 0))
-
-    def split(self) -> None:
-        self._done.append(
-            (sum(low for low, _ in self._parts), sum(high for _, high in self._parts))
-        )
-        self._parts = []
-
-    def total(self) -> tuple[int, float]:
-        self.split()
-        return min(low for low, _ in self._done), max(high for _, high in self._done)
-
-
-def _counts(repeat: str) -> tuple[int, float]:
-    match repeat[0]:
-        case "*":
-            return 0, math.inf
-        case "+":
-            return 1, math.inf
-        case "?":
-            return 0, 1
-    low, comma, high = repeat.rstrip("?+")[1:-1].partition(",")
-    if not comma:
-        return int(low), int(low)
-    return int(low), int(high) if high else math.inf
+    return read(pattern)[:2]
 
 
 def _explanation(pattern: str, error: re2.error) -> str:
-    for token in _TOKEN.finditer(pattern):
+    for token in TOKEN.finditer(pattern):
         problem = _problem(token)
         if problem:
             name, instead = problem
@@ -265,7 +195,7 @@ def _repeat_problem(text: str) -> tuple[str, str] | None:
             "a possessive repetition",
             f"write {text[:-1]}; RE2 never backtracks, so nothing is lost",
         )
-    low, high = _counts(text)
+    low, high = counts(text)
     if low > 1000 or 1000 < high < math.inf:
         return (
             "repetitions over 1000",

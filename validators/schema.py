@@ -10,9 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple, cast
 
-import jsonschema
 import jsonschema_rs
-from jsonschema.exceptions import best_match
 
 from validators.base import JSON, MAX_FINDINGS
 
@@ -244,6 +242,10 @@ def _problem(error: jsonschema_rs.ValidationError) -> Problem:
 
 def _explanation(schema: dict[str, JSON] | bool, error: ValueError) -> str:
     """Where and why a schema is none, in the words of the reference implementation where it finds fault too."""
+    # 3 MB and 0.1 s that only a schema with a fault is worth.
+    import jsonschema  # noqa: PLC0415
+    from jsonschema.exceptions import best_match  # noqa: PLC0415
+
     reason = getattr(error, "message", None) or str(error)
     try:
         draft = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)

@@ -154,8 +154,7 @@ class Exchange:
 
     def _too_large(self) -> PayloadTooLarge:
         return PayloadTooLarge(
-            f"The request body is longer than {self._limit_bytes} bytes (limits.request_bytes).",
-            headers={"connection": "close"},
+            f"The request body is longer than {self._limit_bytes} bytes (limits.request_bytes)."
         )
 
 

@@ -17,7 +17,6 @@ from gateway import sse, wire
 from gateway.api.asgi import Exchange
 from gateway.auth import Caller
 from gateway.calls import Call, Headers, Held, Patience, Reply, make_call, relayed
-from gateway.delivery import error_events
 from gateway.errors import (
     Forbidden,
     GatewayError,
@@ -288,7 +287,7 @@ async def _late(endpoint: str, working: asyncio.Future[Reply]) -> AsyncIterator[
     try:
         reply = working.result()
     except GatewayError as error:
-        yield error_events(endpoint, error)
+        yield sse.error_events(endpoint, error)
         return
     if not isinstance(reply.body, bytes):
         async for part in reply.body:
@@ -296,7 +295,7 @@ async def _late(endpoint: str, working: asyncio.Future[Reply]) -> AsyncIterator[
     elif 200 <= reply.status < 300:
         yield reply.body
     else:
-        yield error_events(endpoint, _as_error(reply.status, reply.body))
+        yield sse.error_events(endpoint, _as_error(reply.status, reply.body))
 
 
 def _as_error(status: int, body: bytes) -> GatewayError:

@@ -28,6 +28,15 @@ _CODE = {"id": "code", "use": "forbid", "patterns": _FORBIDDEN, "target": _ALL, 
 _ORDERS = [{"name": "order", "pattern": "ORD-[0-9]{6}"}]
 _MASK = {"id": "orders", "use": "redact", "patterns": _ORDERS, "target": _ALL}
 _WATCH = {"id": "code", "use": "forbid", "patterns": _FORBIDDEN, "on_fail": "flag"}
+_EVERYTHING = (
+    {"id": "finished", "use": "finish_reason", "on_fail": "flag"},
+    {"id": "secrets", "use": "secrets", "target": _ALL, "on_fail": "hold"},
+    {"id": "pii", "use": "pii", "target": _ALL, "on_fail": "redact"},
+    {"id": "tools", "use": "tool_calls", "max": 1, "on_fail": "flag"},
+    {"id": "words", "use": "forbid", "patterns": "(?i)pass.?word|secret", "on_fail": "score"},
+    {"id": "size", "use": "length", "max_chars": 80, "on_fail": "flag"},
+    _CODE,
+)
 _SCORED = {"calibrator": "demo", "when_uncalibrated": "return"}
 _HELD = {"source": "none", "when_uncalibrated": "hold"}
 
@@ -49,6 +58,7 @@ POLICIES = {
     "scored": _policy("scored", confidence=_SCORED, stream="buffer"),
     "scored-live": _policy("scored-live", confidence=_SCORED, stream="observe"),
     "scored-window": _policy("scored-window", _CODE, confidence=_SCORED, stream="window"),
+    "everything": _policy("everything", *_EVERYTHING, confidence=_SCORED, stream="buffer"),
     "hold": _policy("hold", confidence=_HELD, hold={"wait": "0s"}),
     "wait": _policy("wait", confidence=_HELD, hold={"wait": "20s"}),
     "placeholder": _policy("placeholder", confidence=_HELD, hold={"as": "placeholder"}),
@@ -137,7 +147,7 @@ def _gateway(
 @pytest.fixture
 def http(holdgate: Server) -> Iterator[httpx.Client]:
     """A plain HTTP client of `holdgate`, for paths below /v1."""
-    with httpx.Client(base_url=f"{holdgate.url}/v1/", timeout=20, trust_env=False) as client:
+    with httpx.Client(base_url=f"{holdgate.url}/v1/", timeout=20, verify=False) as client:
         yield client
 
 
@@ -158,6 +168,7 @@ def client_for(holdgate: Server) -> Iterator[ClientFor]:
                 "base_url": f"{(server or holdgate).url}/v1",
                 "api_key": "sk-test-client",
                 "timeout": 20,
+                "http_client": openai.DefaultHttpxClient(verify=False),
                 "default_headers": {"x-holdgate-task": task},
             }
             return stack.enter_context(openai.OpenAI(**given | options))
@@ -175,7 +186,7 @@ class Submit(Protocol):
 @pytest.fixture
 def submit(holdgate: Server) -> Iterator[Submit]:
     """A reviewer at `holdgate`."""
-    with httpx.Client(base_url=holdgate.url, timeout=20, trust_env=False) as reviewer:
+    with httpx.Client(base_url=holdgate.url, timeout=20, verify=False) as reviewer:
 
         def settle(decision_id: str, verdict: str, **more: Any) -> None:
             shown = reviewer.get(f"/decisions/{decision_id}").raise_for_status().json()

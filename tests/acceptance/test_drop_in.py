@@ -108,7 +108,7 @@ def test_provider_errors_are_relayed_and_no_rule_runs_on_them(
     }
     script = scripted(status=status, error=error, headers=told)
     body = request("chat", task, script, stream=stream)
-    direct = httpx.post(f"{upstream.url}/v1/chat/completions", json=body)
+    direct = http.post(f"{upstream.url}/v1/chat/completions", json=body)
     answer = http.post(PATHS["chat"], json=body)
     assert (answer.status_code, answer.content) == (status, direct.content)
     relayed = {name: value for name, value in told.items() if name != "x-request-id"}
@@ -187,7 +187,7 @@ def test_logprobs_we_asked_for_never_reach_the_client(
     script = scripted(text="Sure, so be it.", tool_calls=tools, extra={"body": fixed})
     body = request(endpoint, task, script, stream=stream)
     answer = http.post(PATHS[endpoint], json=body)
-    direct = httpx.post(f"{upstream.url}/v1/{PATHS[endpoint]}", json=body)
+    direct = http.post(f"{upstream.url}/v1/{PATHS[endpoint]}", json=body)
     shown = events(answer.content) if stream else answer.json()
     assert logprobs_in(shown) == []
     unasked = events(direct.content) if stream else direct.json()
@@ -222,7 +222,7 @@ def test_logprobs_the_client_asked_for_are_the_providers(
     fields = asking_logprobs(endpoint)
     body = request(endpoint, task, scripted(text="Sure, so be it."), stream=stream, **fields)
     answer = http.post(PATHS[endpoint], json=body)
-    direct = httpx.post(f"{upstream.url}/v1/{PATHS[endpoint]}", json=body)
+    direct = http.post(f"{upstream.url}/v1/{PATHS[endpoint]}", json=body)
     shown, expected = [
         logprobs_in(events(each.content) if stream else each.json()) for each in (answer, direct)
     ]
@@ -364,7 +364,7 @@ def test_a_provider_that_answers_json_to_a_stream_is_streamed(
     endpoint: str,
     task: str,
 ) -> None:
-    whole = httpx.post(
+    whole = http.post(
         f"{upstream.url}/v1/{PATHS[endpoint]}",
         json=request(endpoint, task, scripted(text="As you wish.", refusal=None)),
     )

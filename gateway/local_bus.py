@@ -1,0 +1,43 @@
+"""Wake-ups within one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+
+from gateway.ports import Event
+
+_log = structlog.get_logger(__name__)
+
+
+class InProcessBus:
+    """Calls the subscribers of this process."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[object, Callable[[Event], None]] = {}
+
+    async def publish(self, event: Event) -> None:
+        """Call every subscriber before this returns."""
+        self._deliver(event)
+
+    def subscribe(self, handler: Callable[[Event], None]) -> Callable[[], None]:
+        """Call `handler` for every event from now on; returns the way to stop it."""
+        key = object()
+        self._handlers[key] = handler
+
+        def unsubscribe() -> None:
+            self._handlers.pop(key, None)
+
+        return unsubscribe
+
+    async def close(self) -> None:
+        """Forget every subscriber."""
+        self._handlers.clear()
+
+    def _deliver(self, event: Event) -> None:
+        for handler in tuple(self._handlers.values()):
+            try:
+                handler(event)
+            except Exception:  # noqa: BLE001 - one subscriber's fault must not keep the event from the others
+                _log.exception("bus.handler_failed", kind=event.kind, id=event.id)
