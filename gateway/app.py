@@ -21,7 +21,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from gateway import __version__
 from gateway.api import admin, decisions, review
@@ -30,7 +30,7 @@ from gateway.asking import Asker
 from gateway.auth import Authenticator
 from gateway.bus import open_bus
 from gateway.delivery import Delivery
-from gateway.errors import GatewayError, InvalidRequest, NotFound
+from gateway.errors import GatewayError, InvalidRequest, NotFound, PayloadTooLarge
 from gateway.pipeline import Pipeline
 from gateway.policy_files import PolicyFiles
 from gateway.ports import Clock
@@ -72,10 +72,28 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the lifespan."""
-        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
-            await scope["state"]["edge"](scope, receive, send)
-        else:
-            await self._api(scope, receive, send)
+        if scope["type"] == "http":
+            if scope["path"].startswith("/v1/"):
+                await scope["state"]["edge"](scope, receive, send)
+                return
+            receive = _bounded(receive, scope["state"]["services"].settings.limits.request_bytes)
+        await self._api(scope, receive, send)
+
+
+def _bounded(receive: Receive, limit_bytes: int) -> Receive:
+    """The same request body, refused with 413 as soon as it is longer than the limit."""
+    size_bytes = 0
+
+    async def bounded() -> Message:
+        nonlocal size_bytes
+        message = await receive()
+        size_bytes += len(message.get("body", b""))
+        if size_bytes > limit_bytes:
+            detail = f"The request body is longer than {limit_bytes} bytes (limits.request_bytes)."
+            raise HTTPException(PayloadTooLarge.status, detail)
+        return message
+
+    return bounded
 
 
 @contextlib.asynccontextmanager
@@ -223,6 +241,8 @@ async def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return _error_response(NotFound("There is nothing at this path."))
+    if error.status_code == PayloadTooLarge.status:
+        return _error_response(PayloadTooLarge(error.detail))
     answer = GatewayError(str(error.detail), code="http_error")
     answer.status = error.status_code
     return _error_response(answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from gateway.records import ApiKey, Role
 _PREFIX = "hgk_"
 _CACHE_S = 5.0
 _CACHE_SIZE = 4096
+_LOOPBACK = re.compile(r"((localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +78,13 @@ class Authenticator:
         Unauthenticated
             If a key is needed and there is none, or it is unknown or revoked.
         Forbidden
-            If no key is needed and a browser page of another origin asks.
+            If no key is needed and a browser page of another origin asks, or one that has its own name resolved to here.
         """
         if not await self._asks_for_keys():
+            if self._required is None and not _LOOPBACK.fullmatch(host):
+                raise Forbidden(
+                    f"Without API keys, only requests to localhost are answered, not to {host[:100]!r}."
+                )
             if origin is not None and origin.partition("://")[2] != host:
                 raise Forbidden(
                     "Without API keys, requests from pages of another origin are refused."
@@ -97,7 +103,8 @@ class Authenticator:
     async def _asks_for_keys(self) -> bool:
         now = self._monotonic_s()
         if self._required is None and now - self._asked_at >= _CACHE_S:
-            self._asks = any(key.revoked_at is None for key in await self._store.keys())
+            # A revoked key counts: to revoke the last one must not open the door to everybody.
+            self._asks = bool(await self._store.keys())
             self._asked_at = now
         return self._asks
 

@@ -12,7 +12,7 @@ import hmac
 from collections.abc import AsyncIterator, Awaitable
 from datetime import datetime, timedelta
 
-from gateway import sse, streaming, wire
+from gateway import edits, sse, streaming, wire
 from gateway.asking import Answer, Asker, read_collected, with_feedback
 from gateway.calls import Call, Headers, Held, Reply, relayed
 from gateway.delivery import decision_headers
@@ -33,6 +33,7 @@ from gateway.recording import (
     unchecked,
 )
 from gateway.records import DecisionRecord, TaskState
+from gateway.window import Window
 from policies import (
     Action,
     Decision,
@@ -255,7 +256,7 @@ class Pipeline:
         """The stream as it comes, decided on and recorded before its end is let through."""
         assert answer.live is not None
         collected = streaming.Collected(sse.Assembler(call.endpoint))
-        window = streaming.Window(match.policy) if mode is StreamMode.WINDOW else None
+        window = Window(match.policy) if mode is StreamMode.WINDOW else None
 
         ending: asyncio.Future[GatewayError | None] | None = None
 
@@ -333,8 +334,8 @@ class Pipeline:
 def _delivered_body(answer: Answer, decision: Decision) -> bytes:
     if not decision.redactions or answer.reading is None or decision.action is Action.BLOCK:
         return answer.client_body()
-    texts = wire.redacted_texts(answer.reading, decision.redactions)
-    return wire.with_texts(answer.body, texts, answer.reading)
+    texts = edits.redacted_texts(answer.reading, decision.redactions)
+    return edits.with_texts(answer.body, texts, answer.reading)
 
 
 def _failure(answer: Answer, policy: Policy) -> UpstreamError | None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cache
-from typing import Any
 
 import orjson
 import structlog
 
-from gateway import wire
+from gateway import edits, wire
 from gateway.asking import Answer
 from gateway.calls import Call, relayed
 from gateway.ports import Bus, Clock, Event, Store
@@ -158,7 +157,7 @@ def _decision(
         detail["upstream_ms"] = answer.upstream_ms
     reading = answer.reading if answer else None
     body = outcome.body
-    if decision.action is not Action.HOLD:
+    if decision.action is not Action.HOLD and not call.is_idempotent:
         body = _without_logprobs(answer, body)
     return DecisionRecord(
         id=call.id,
@@ -206,7 +205,7 @@ def _task(outcome: Outcome, now: datetime) -> NewTask | None:
 
 
 def _without_logprobs(answer: Answer | None, body: bytes | None) -> bytes | None:
-    """The body to keep where nobody waits for it: the signals are in the record, so the logprobs need not be."""
+    """The body to keep where nobody will ask for it again: the signals are in the record, so the logprobs need not be."""
     if answer is None or answer.reading is None or body is not answer.body:
         return body
     return wire.without_logprobs(body, answer.reading)
@@ -273,39 +272,51 @@ def _masking() -> tuple[Secrets, Pii]:
 
 
 def masked(body: bytes | None) -> bytes | None:
-    """A JSON body with every secret and personal datum in its strings masked.
+    """A JSON body with every secret and personal datum in its keys, strings and whole numbers masked.
 
-    None stays None, and becomes of a body that is not JSON or has more to mask than can be told.
+    None stays None, and becomes of a body that is not JSON, is nested too deeply, or has more to mask than can be told.
     """
     try:
-        document = [orjson.loads(body)] if body is not None else None
+        document = orjson.loads(body) if body is not None else None
     except orjson.JSONDecodeError:
-        document = None
-    places = list(_strings(document))
+        return None
+    if body is None or wire.is_too_deep(body, document):
+        return None
+    originals = list(dict.fromkeys(_texts(document)))
+    texts = dict(enumerate(originals))
     for _ in range(_MASK_ROUNDS):
-        passages = tuple(
-            Passage(str(number), holder[key]) for number, (holder, key) in enumerate(places)
-        )
+        passages = tuple(Passage(str(number), text) for number, text in texts.items())
         exchange = Exchange("chat", {}, (Choice("", texts=passages),))
         findings = [f for check in _masking() for f in check.run(exchange).findings]
         if not findings:
-            return orjson.dumps(document[0]) if document else None
-        for number, text in wire.masked_texts(passages, findings).items():
-            holder, key = places[int(number)]
-            holder[key] = text
+            return orjson.dumps(
+                _rewritten(document, dict(zip(originals, texts.values(), strict=True)))
+            )
+        masked_texts = edits.masked_texts(passages, findings)
+        texts |= {int(number): text for number, text in masked_texts.items()}
     return None
 
 
-def _strings(value: Any) -> Iterator[tuple[Any, str | int]]:
-    inner = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    for key, item in inner:
-        if isinstance(item, str):
-            yield value, key
-        else:
-            yield from _strings(item)
+def _texts(value: JSON) -> Iterator[str]:
+    match value:
+        case dict():
+            yield from value
+            for inner in value.values():
+                yield from _texts(inner)
+        case list():
+            for inner in value:
+                yield from _texts(inner)
+        case str() | int():
+            yield str(value)
+
+
+def _rewritten(value: JSON, texts: Mapping[str, str]) -> JSON:
+    """The value with its texts replaced; a number that stays the same stays a number."""
+    match value:
+        case dict():
+            return {texts[key]: _rewritten(inner, texts) for key, inner in value.items()}
+        case list():
+            return [_rewritten(inner, texts) for inner in value]
+        case str() | int() if (new := texts[str(value)]) != str(value):
+            return new
+    return value

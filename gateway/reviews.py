@@ -14,7 +14,7 @@ from statistics import median
 
 import structlog
 
-from gateway import wire
+from gateway import edits, wire
 from gateway.errors import InvalidRequest, NotFound, ResponseRejected, StoreError
 from gateway.ports import Bus, Clock, Event, Store
 from gateway.records import DecisionRecord, Resolution, TaskRecord, TaskState, Verdict
@@ -274,7 +274,7 @@ def _corrected(
             )
         correction = {paths[0]: correction}
     try:
-        body = wire.with_texts(decision.response, correction, reading)
+        body = edits.with_texts(decision.response, correction, reading)
     except KeyError as error:
         known = ", ".join(paths)
         raise InvalidRequest(

@@ -11,17 +11,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import msgspec
 import orjson
 
 from gateway.errors import GatewayError
-from gateway.wire import CHAT, NO_RAW, RESPONSES, Unreadable
+from gateway.wire import CHAT, NO_RAW, RESPONSES, Message, Unreadable, is_too_deep, says_something
 
 DONE = b"data: [DONE]\n\n"
-_BLANK = re.compile(rb"\r\n\r\n|\n\n|\r\r")
-_DATA = re.compile(rb"^data:[ ]?(.*?)\r?$", re.MULTILINE)
+#: The end of a line and an empty line. A carriage return may be half of an end: only the next byte tells.
+_BLANK = re.compile(rb"(?>\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?=[^\n]))")
+_BOM = b"\xef\xbb\xbf"
 _MAX_INDEX = 1024
 
 
@@ -56,18 +58,15 @@ class Splitter:
         del rest[:start]
         return events
 
-    @property
-    def pending_bytes(self) -> int:
-        """Bytes of an event that has not ended yet."""
-        return len(self._rest)
-
 
 def event(raw: bytes) -> Event:
     """One event from its bytes."""
-    if raw.startswith(b"data: ") and raw.count(b"\n") == 2 and raw.endswith(b"\n\n"):
+    if raw.startswith(b"data: ") and raw.find(b"\n") == len(raw) - 2 and b"\r" not in raw:
         return Event(raw, raw[6:-2])
-    lines = _DATA.findall(raw)
-    return Event(raw, b"\n".join(lines) if lines else None)
+    # A byte order mark may stand before the first line, and clients that pass over it must not see more than we do.
+    lines = (line.partition(b":") for line in raw.removeprefix(_BOM).splitlines())
+    data = [value.removeprefix(b" ") for name, _, value in lines if name == b"data"]
+    return Event(raw, b"\n".join(data) if data else None)
 
 
 def encode(data: bytes, name: str | None = None) -> bytes:
@@ -99,10 +98,6 @@ def error_events(endpoint: str, error: GatewayError) -> bytes:
 # ------------------------------------------------------------------------------------------------- putting together
 
 
-class _Pieces(list[str]):
-    """Text that arrives in pieces; joined once, so that a long answer costs linear time."""
-
-
 class Assembler:
     """Puts the events of one stream together into the body that the same answer would have had without `stream`.
 
@@ -119,7 +114,7 @@ class Assembler:
         self._top: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
         self._final: bytes | None = None
-        self._text = _Pieces()
+        self._text = StringIO()
 
     def add(self, event: Event) -> None:
         """Take in one event.
@@ -138,6 +133,8 @@ class Assembler:
             chunk = orjson.loads(event.data)
             if not isinstance(chunk, dict):
                 raise TypeError("an event must be a JSON object")
+            if is_too_deep(event.data, chunk):
+                raise ValueError("it is nested too deeply")
             if chunk.get("error") and chunk.get("type", "error") == "error":
                 self.error = (
                     chunk["error"]
@@ -147,6 +144,7 @@ class Assembler:
             elif self.endpoint == RESPONSES:
                 self._add_response_event(chunk)
             else:
+                _CHUNK.decode(event.data)
                 self._add_chunk(chunk)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise Unreadable(f"The provider's stream is not readable: {error}.") from error
@@ -159,17 +157,11 @@ class Assembler:
         return bool(self._choices) and all(c.get("finish_reason") for c in self._choices.values())
 
     def body(self) -> bytes:
-        """The equivalent non-streamed body; of an incomplete stream, as much as came.
-
-        Raises
-        ------
-        Unreadable
-            If it is nested too deeply to be written.
-        """
+        """The equivalent non-streamed body; of an incomplete stream, as much as came."""
         if self.endpoint == RESPONSES:
             if self._final is not None:
                 return self._final
-            part = {"type": "output_text", "text": "".join(self._text), "annotations": []}
+            part = {"type": "output_text", "text": self._text.getvalue(), "annotations": []}
             item = {
                 "type": "message",
                 "role": "assistant",
@@ -177,19 +169,16 @@ class Assembler:
                 "content": [part],
             }
             return orjson.dumps(
-                {**self._top, "status": "incomplete", "output": [item] if self._text else []}
+                {**self._top, "status": "incomplete", "output": [item] if part["text"] else []}
             )
         kind = "chat.completion" if self.endpoint == CHAT else "text_completion"
-        try:
-            choices = [_joined(self._choices[index]) for index in sorted(self._choices)]
-            return orjson.dumps({**self._top, "object": kind, "choices": choices})
-        except (orjson.JSONEncodeError, RecursionError) as error:
-            raise Unreadable(f"The provider's stream is not readable: {error}.") from error
+        choices = [_joined(self._choices[index]) for index in sorted(self._choices)]
+        return orjson.dumps({**self._top, "object": kind, "choices": choices})
 
     def _add_response_event(self, chunk: dict[str, Any]) -> None:
         kind = chunk["type"]
         if kind == "response.output_text.delta":
-            self._text.append(chunk["delta"])
+            self._text.write(chunk["delta"])
         elif kind == "response.created":
             self._top = {k: v for k, v in chunk["response"].items() if k != "output"}
         elif kind == "error":
@@ -217,11 +206,11 @@ class Assembler:
             if name == "message" and "delta" in delta:
                 self.repeats = True
             elif name in ("delta", "message"):
-                _merge(choice.setdefault("message", {"content": None}), value or {})
-            elif name == "text" and isinstance(value, str):
-                choice.setdefault("text", _Pieces()).append(value)
+                choice["message"] = _grown(name, choice.get("message", {"content": None}), value)
             elif name == "logprobs":
                 choice["logprobs"] = _extend(choice.get("logprobs"), value)
+            elif name == "text":
+                choice["text"] = _grown(name, choice.get("text"), value)
             elif name != "index" and (value is not None or name not in choice):
                 choice[name] = value
 
@@ -230,38 +219,50 @@ class Assembler:
 _WHOLE = frozenset({"role", "id", "type", "name", "object", "model", "index"})
 
 
-def _merge(into: dict[str, Any], delta: dict[str, Any]) -> None:
-    for name, value in delta.items():
-        before = into.get(name)
-        if value is None:
-            into.setdefault(name, None)
-        elif isinstance(value, str) and name not in _WHOLE:
-            if not isinstance(before, _Pieces):
-                before = into[name] = _Pieces()
-            before.append(value)
-        elif isinstance(value, dict):
-            _merge(into.setdefault(name, {}) if before is None else before, value)
-            into[name] = into[name] or {}
-        elif isinstance(value, list):
-            into[name] = _merge_list(before if isinstance(before, list) else [], value)
-        else:
-            into[name] = value
+def _grown(name: str, before: Any, value: Any) -> Any:
+    """What a field is once a delta has said more of it: text and lists grow, the rest is replaced.
+
+    Text is kept in a `StringIO`, so that a long answer costs linear time. `content` may turn from text into parts.
+    """
+    if name == "content" and isinstance(before, list) and isinstance(value, str):
+        value = [{"type": "text", "text": value}]
+    elif name == "content" and isinstance(before, StringIO) and isinstance(value, list):
+        before = [{"type": "text", "text": before}]
+    match before, value:
+        case _, None:
+            return before
+        case None | StringIO(), str() if name not in _WHOLE:
+            text = before or StringIO()
+            text.write(value)
+            return text
+        case None | dict(), dict():
+            fields = before or {}
+            for key, more in value.items():
+                fields[key] = _grown(key, fields.get(key), more)
+            return fields
+        case None | list(), list():
+            return _grown_list(before or [], value)
+        case None | str() | int() | float(), str() | int() | float():
+            return value
+    raise TypeError(f"{name} changes its type")
 
 
-def _merge_list(into: list[Any], deltas: list[Any]) -> list[Any]:
-    for delta in deltas:
+def _grown_list(into: list[Any], deltas: list[Any]) -> list[Any]:
+    for number, delta in enumerate(deltas):
         index = delta.get("index") if isinstance(delta, dict) else None
-        if index is not None:
-            found = next((i for i in into if isinstance(i, dict) and i.get("index") == index), None)
+        if index is None:
+            goes_on = number == 0 and bool(into) and _continues(into[-1], delta)
+            at = len(into) - goes_on
+        elif isinstance(index, int):
+            same = (
+                n for n, i in enumerate(into) if isinstance(i, dict) and i.get("index") == index
+            )
+            at = next(same, len(into))
         else:
-            found = into[-1] if into and _continues(into[-1], delta) else None
-        if found is None:
-            if len(into) >= _MAX_INDEX:
-                raise ValueError("too many parts")
-            found = {"index": index} if index is not None else {}
-            into.append(found if isinstance(delta, dict) else delta)
-        if isinstance(delta, dict):
-            _merge(found, delta)
+            raise TypeError("an index must be a whole number")
+        if at >= _MAX_INDEX:
+            raise ValueError("too many parts")
+        into[at : at + 1] = [_grown("", into[at] if at < len(into) else None, delta)]
     return into
 
 
@@ -289,52 +290,73 @@ def _extend(before: Any, value: Any) -> Any:
     return before
 
 
-def _joined(value: Any) -> Any:
-    if isinstance(value, _Pieces):
-        return "".join(value)
-    if isinstance(value, dict):
-        return {name: _joined(inner) for name, inner in value.items()}
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "index" in value[0]:
-        return [{name: _joined(v) for name, v in item.items() if name != "index"} for item in value]
-    return [_joined(item) for item in value] if isinstance(value, list) else value
+def _joined(value: Any, name: str = "") -> Any:
+    """The value as JSON; tool calls lose the number that tells their pieces apart."""
+    match value:
+        case StringIO():
+            return value.getvalue()
+        case dict():
+            return {key: _joined(inner, key) for key, inner in value.items()}
+        case list() if name == "tool_calls":
+            return [_joined({k: v for k, v in call.items() if k != "index"}) for call in value]
+        case list():
+            return [_joined(item) for item in value]
+    return value
 
 
 # --------------------------------------------------------------------------------------------------- event surgery
 
 
-class _RawChoice(msgspec.Struct, gc=False):
+class _Choice(msgspec.Struct, gc=False):
+    delta: Message | None = None
+    message: Message | None = None
+    text: str | None = None
     logprobs: msgspec.Raw = NO_RAW
 
 
-class _RawChunk(msgspec.Struct, gc=False):
-    choices: list[_RawChoice] = []
+class _Chunk(msgspec.Struct, gc=False):
+    choices: list[_Choice] | None = None
 
 
-_RAW_CHUNK = msgspec.json.Decoder(_RawChunk)
+_CHUNK = msgspec.json.Decoder(_Chunk)
 
 
 def event_without_logprobs(endpoint: str, event: Event) -> bytes:
-    """The event's bytes with every `logprobs` value that says something nulled (emptied, for responses)."""
+    """The event's bytes with every `logprobs` value that says something nulled (emptied, for responses).
+
+    An event that cannot be read is left as it is.
+    """
     if event.data is None or b'"logprobs"' not in event.data:
         return event.raw
-    if endpoint == RESPONSES:
-        chunk = orjson.loads(event.data)
-        _empty_logprobs(chunk)
-        return encode(orjson.dumps(chunk), chunk.get("type"))
-    raw = event.raw
-    for choice in _RAW_CHUNK.decode(event.data).choices:
-        value = bytes(choice.logprobs)
-        if b'"' in value:
-            raw = raw.replace(value, b"null", 1)
-    return raw
+    try:
+        data = _spliced(event.data) if endpoint != RESPONSES else None
+        if data is None:
+            chunk = orjson.loads(event.data)
+            data = orjson.dumps(chunk) if _empty_logprobs(chunk) else event.data
+    except (ValueError, TypeError, RecursionError):
+        return event.raw
+    before, _, after = event.raw.rpartition(event.data)
+    return before + data + after if before else encode(data)
 
 
-def _empty_logprobs(value: Any) -> None:
-    for inner in value if isinstance(value, list) else value.values():
-        if isinstance(inner, list | dict):
-            _empty_logprobs(inner)
-    if isinstance(value, dict) and isinstance(value.get("logprobs"), list):
-        value["logprobs"] = []
+def _spliced(data: bytes) -> bytes | None:
+    """The chunk with its logprobs cut out; None if they cannot be told from equal values elsewhere in it."""
+    cut = data
+    for choice in _CHUNK.decode(data).choices or ():
+        if says_something(value := bytes(choice.logprobs)):
+            cut = cut.replace(value, b"null", 1)
+    left = _CHUNK.decode(cut).choices or ()
+    return None if any(says_something(bytes(choice.logprobs)) for choice in left) else cut
+
+
+def _empty_logprobs(value: Any) -> bool:
+    """Empty every `logprobs` in an object or array; whether there were any."""
+    inner = value if isinstance(value, list) else value.values()
+    found = [_empty_logprobs(each) for each in inner if isinstance(each, list | dict)]
+    if isinstance(value, dict) and value.get("logprobs"):
+        value["logprobs"] = [] if isinstance(value["logprobs"], list) else None
+        return True
+    return any(found)
 
 
 # ------------------------------------------------------------------------------------------------------ taking apart
@@ -350,7 +372,9 @@ def stream_of(endpoint: str, body: bytes, *, include_usage: bool) -> Iterator[by
     choices = document.pop("choices", [])
     document["object"] = "chat.completion.chunk" if endpoint == CHAT else "text_completion"
     pieces = _chat_pieces if endpoint == CHAT else _text_pieces
-    for choice in choices:
+    for number, choice in enumerate(choices):
+        if not isinstance(choice.get("index"), int):
+            choice["index"] = number
         for piece in pieces(choice):
             yield encode(orjson.dumps({**document, "choices": [piece]}))
     if include_usage:
@@ -363,34 +387,20 @@ def _text_pieces(choice: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def _chat_pieces(choice: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    message = dict(choice.get("message") or {})
-    index = choice.get("index", 0)
+    message = {"role": "assistant", **(choice.get("message") or {})}
     calls = message.pop("tool_calls", None) or []
-    role = message.pop("role", "assistant")
-    yield {
-        "index": index,
-        "delta": {"role": role, "content": ""},
-        "logprobs": None,
-        "finish_reason": None,
-    }
-    said = {name: value for name, value in message.items() if value not in (None, [])}
-    if said:
-        yield {
-            "index": index,
-            "delta": said,
-            "logprobs": choice.get("logprobs"),
-            "finish_reason": None,
-        }
+    begun = {name: value for name, value in message.items() if name == "role" or not value}
+    begun["content"] = "" if isinstance(message.get("content"), str) else None
+    said = {name: value for name, value in message.items() if name != "role" and value}
+    told = {"logprobs": choice.get("logprobs")}
+    silent = {"index": choice["index"], "logprobs": None, "finish_reason": None}
+    yield {**silent, "delta": begun}
+    if said or told["logprobs"]:
+        yield {**silent, **told, "delta": said}
     for number, call in enumerate(calls):
-        delta = {"tool_calls": [{"index": number, **call}]}
-        yield {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-    extra = {
-        k: v
-        for k, v in choice.items()
-        if k not in ("index", "message", "logprobs", "finish_reason")
-    }
-    finish = choice.get("finish_reason")
-    yield {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish, **extra}
+        yield {**silent, "delta": {"tool_calls": [{**call, "index": number}]}}
+    rest = {k: v for k, v in choice.items() if k not in ("message", "logprobs")}
+    yield {**silent, **rest, "delta": {}}
 
 
 def _response_events(response: dict[str, Any]) -> Iterator[bytes]:
@@ -412,9 +422,8 @@ def _response_events(response: dict[str, Any]) -> Iterator[bytes]:
     yield emit("response.created", response=begun)
     yield emit("response.in_progress", response=begun)
     for position, item in enumerate(response.get("output") or ()):
-        hollow = {**item, "status": "in_progress"}
-        hollow |= {"content": []} if "content" in item else {}
-        hollow |= {"arguments": ""} if "arguments" in item else {}
+        empty: dict[str, Any] = {"content": [], "arguments": "", "input": ""}
+        hollow = {**item, "status": "in_progress", **{k: empty[k] for k in empty if k in item}}
         yield emit("response.output_item.added", output_index=position, item=hollow)
         yield from _item_events(emit, position, item)
         yield emit("response.output_item.done", output_index=position, item=item)
@@ -426,20 +435,20 @@ def _response_events(response: dict[str, Any]) -> Iterator[bytes]:
 def _item_events(
     emit: Callable[..., bytes], position: int, item: dict[str, Any]
 ) -> Iterator[bytes]:
-    where = {"item_id": item.get("id"), "output_index": position}
-    if item.get("type") == "function_call":
-        yield emit("response.function_call_arguments.delta", **where, delta=item["arguments"])
-        yield emit("response.function_call_arguments.done", **where, arguments=item["arguments"])
-        return
-    if item.get("type") != "message":
-        return
-    for number, part in enumerate(item.get("content") or ()):
+    where = {"item_id": item.get("id") or "", "output_index": position}
+    for kind, key in (("function_call", "arguments"), ("custom_tool_call", "input")):
+        if item.get("type") == kind and item.get(key):
+            yield emit(f"response.{kind}_{key}.delta", **where, delta=item[key])
+            yield emit(f"response.{kind}_{key}.done", **where, **{key: item[key]})
+    parts = item.get("content") if item.get("type") == "message" else None
+    for number, part in enumerate(parts if isinstance(parts, list) else ()):
         place = {**where, "content_index": number}
         name, key = (
             ("refusal", "refusal") if part.get("type") == "refusal" else ("output_text", "text")
         )
-        yield emit("response.content_part.added", **place, part={**part, key: ""})
         more = {"logprobs": part.get("logprobs") or []} if key == "text" else {}
-        yield emit(f"response.{name}.delta", **place, delta=part[key], **more)
-        yield emit(f"response.{name}.done", **place, **{key: part[key]}, **more)
+        yield emit("response.content_part.added", **place, part={**part, key: ""})
+        if part.get(key):
+            yield emit(f"response.{name}.delta", **place, delta=part[key], **more)
+            yield emit(f"response.{name}.done", **place, **{key: part[key]}, **more)
         yield emit("response.content_part.done", **place, part=part)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 
 from gateway import sse
+from gateway.edits import Mask, masks_of, united, with_masks
 from gateway.errors import ResponseBlocked
-from gateway.wire import Mask, masks_of, united, with_masks
 from policies import Policy, Stage, run_stage
 from validators import (
-    JSON,
     MAX_FINDINGS,
     Choice,
     Exchange,
-    Malformed,
+    Finding,
     OnFail,
     Outcome,
     Passage,
@@ -26,14 +25,11 @@ from validators import (
     Target,
     ToolCall,
 )
-from validators.normalise import View, views
+from validators.normalise import Growing
+from validators.scan import Sighting
 
-#: How much text that cannot be settled a lane keeps before it gives up; a longer piece is taken in by slices.
+#: How much text that cannot be settled a lane keeps before it gives up.
 _LONGEST_TAIL = 65_536
-_SLICE_CHARS = 32_768
-
-#: The longest beginning of an escape that is not whole yet: `\ud83d\ude0` (RFC 8259, section 7).
-_OPEN_ESCAPE_CHARS = 11
 
 #: What is not the answer itself, and what it is.
 _ASIDES = {
@@ -48,8 +44,9 @@ class Window:
     """The checks of a policy that block or redact, at work on a stream (chat and completions).
 
     They decide as they would on the whole text: on a match once nothing that follows can change it. An event goes out when
-    all that begins in it or before it is decided, which is when one character more than the longest match has followed.
-    Text that is JSON, or begins like it, goes out at its end, because only then can be told what matches in it.
+    all that begins in it or before it is decided: at once, if the text does not end in what may be the beginning of a match.
+    Only at the end can be told what matches in JSON, and how it is masked: arguments go out then, text that begins like
+    JSON too if it may be masked, or from where something in it may match. What is held back of one text holds back no other.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -58,7 +55,6 @@ class Window:
             for check in policy.checks
             if isinstance(check, Scan) and check.on_fail in (OnFail.BLOCK, OnFail.REDACT)
         )
-        self._stage = Stage.model_construct(name="window", checks=self._checks)
         self._found: Counter[str] = Counter()
         self._lanes: dict[tuple[Any, ...], _Lane] = {}
         self._waiting: deque[_Waiting] = deque()
@@ -75,165 +71,164 @@ class Window:
         pieces = []
         for key, holder, name in _texts(chunk):
             lane = self._lanes.get(key) or self._new_lane(key)
-            start, text = lane.length, holder[name]
-            for at in range(0, len(text), _SLICE_CHARS):
-                lane.add(text[at : at + _SLICE_CHARS])
-                self._look(lane, ended=False)
+            start = lane.length
+            lane.add(holder[name])
+            self._look(lane)
             pieces.append(_Piece(lane, start, lane.length, holder, name))
-        self._waiting.append(_Waiting(raw, chunk, pieces))
-        ready = []
-        while self._waiting and self._waiting[0].is_settled:
-            ready.append(self._waiting.popleft().released())
-        return ready
+        waiting = _Waiting(raw, chunk, pieces)
+        for lane in waiting.lanes:
+            lane.waiting.append(waiting)
+        self._waiting.append(waiting)
+        return self._ready(waiting)
 
     def finish(self) -> list[bytes]:
         """The end of the stream: check what is left and let everything go. Raises `ResponseBlocked` as `push` does."""
         for lane in self._lanes.values():
-            self._look(lane, ended=True)
-        return [self._waiting.popleft().released() for _ in range(len(self._waiting))]
+            lane.ended = True
+            self._look(lane)
+        return [waiting.released() for waiting in self._waiting if not waiting.gone]
+
+    def _ready(self, last: _Waiting) -> list[bytes]:
+        """What may go out now that one more event has come."""
+        ready: list[bytes] = []
+        if not last.lanes and not last.is_ending:
+            ready.append(last.released())
+        touched = deque(last.lanes)
+        while touched:
+            queue = touched.popleft().waiting
+            while queue and queue[0].may_go:
+                touched += queue[0].lanes
+                ready.append(queue[0].released())
+        while self._waiting and (self._waiting[0].gone or self._waiting[0].may_end):
+            first = self._waiting.popleft()
+            if not first.gone:
+                ready.append(first.released())
+        return ready
 
     def _new_lane(self, key: tuple[Any, ...]) -> _Lane:
         target = _TARGETS.get(key[1], Target.TEXT)
-        widths = [check.longest_match or 0 for check in self._checks if target in check.target]
-        lane = self._lanes[key] = _Lane(target, max(widths, default=None))
+        checks = tuple(check for check in self._checks if target in check.target)
+        lane = self._lanes[key] = _Lane(target, checks)
         return lane
 
-    def _look(self, lane: _Lane, *, ended: bool) -> None:
+    def _look(self, lane: _Lane) -> None:
         """Decide on what can be decided, and mask or block accordingly."""
-        passage = lane.passage(ended=ended)
-        if passage is None:
-            return
-        decided = lane.settle(passage, ended=ended)
-        exchange = Exchange("chat", {}, (_choice(lane.target, passage),))
-        results = run_stage(self._stage, exchange, lambda: 0.0)
         new: list[Mask] = []
-        for check in self._checks:
-            result = results[check.id]
-            if result.outcome is Outcome.ERROR:
-                raise _stopped(f"the check {check.id}, which could not run")
-            found = [f for f in result.findings if f.span is not None and f.span[0] in decided]
+        for check, found in lane.look():
             if found and check.on_fail is OnFail.BLOCK:
                 raise _stopped(f"the check {check.id}: {found[0].message}")
             self._found[check.id] += len(found)
-            if max(len(result.findings), self._found[check.id]) >= MAX_FINDINGS:
+            if self._found[check.id] >= MAX_FINDINGS:
                 raise _stopped(f"the check {check.id}: more to mask than can be told")
             new += masks_of(found)
-        lane.mask(new)
-        if not ended:
-            lane.trim(passage)
+        lane.masks = united([*lane.masks, *new])
 
 
 def _stopped(by: str) -> ResponseBlocked:
     return ResponseBlocked(f"The response was stopped by {by}.")
 
 
-class _Stretch(Passage):
-    """Part of a longer text: even if it looks like JSON it is no document of its own."""
-
-    __slots__ = ()
-
-    def parsed(self) -> JSON:
-        """Raise `Malformed`."""
-        raise Malformed("part of a longer text")
-
-
 class _Lane:
     """One text that grows over a stream: an answer, a refusal, the arguments of one call. Offsets are from its start.
 
-    Whatever begins before `settled` is decided, so the text before it may go out, masked as `masks` say. `width` is the
-    length of the longest match; None if no check looks at this text.
+    Whatever begins before `settled` is decided, so the text before it may go out, masked as `masks` say.
     """
 
-    def __init__(self, target: Target, width: int | None) -> None:
-        self.target = target
+    def __init__(self, target: Target, checks: tuple[Scan, ...]) -> None:
         self.length = 0
         self.settled = 0
+        self.ended = False
         self.masks: list[Mask] = []
-        self._width = width
+        self.waiting: deque[_Waiting] = deque()
+        self._target = target
+        self._checks = checks
+        self._text: list[str] = []
+        masks = any(check.on_fail is OnFail.REDACT for check in checks)
+        self._is_held = masks or target is Target.TOOL_ARGUMENTS
+        self._may_be_json: bool | None = None
         self._tail = ""
         self._tail_start = 0
-        self._whole: list[str] | None = [] if target is Target.TOOL_ARGUMENTS else None
-        self._begun = False
+        self._seen = 0
 
     def add(self, text: str) -> None:
         """Let the text go on."""
         self.length += len(text)
-        if self._width is None:
-            self.settled = self.length
-        elif self._whole is not None:
-            self._whole.append(text)
-        else:
+        if not self._checks:
+            return
+        if self._may_be_json is None and (first := text.lstrip()[:1]):
+            self._may_be_json = first in "{["
+            if self._is_held and self._target is not Target.TOOL_ARGUMENTS:
+                self._is_held = self._may_be_json
+                self._tail = "".join(self._text)
+        if self._may_be_json is not False or self._is_held:
+            self._text.append(text)
+        if not self._is_held:
             self._tail += text
-            if not self._begun and (first := self._tail.lstrip()[:1]):
-                self._begun = True
-                self._whole = [self._tail] if first in "{[" else None
 
-    def passage(self, *, ended: bool) -> Passage | None:
-        """What checks are to look at; None if they need not, or cannot yet."""
-        if self._width is None or not (self._begun or ended):
-            return None
-        if self._whole is None:
-            return _Stretch("", self._tail)
-        return Passage("", "".join(self._whole)) if ended else None
-
-    def settle(self, passage: Passage, *, ended: bool) -> range:
-        """Settle what can be settled; where in the passage that begins and ends which is settled now."""
-        before = self.settled
-        sure = self.length if ended else self._tail_start + self._seen_before(passage, 0)
-        self.settled = max(before, sure)
-        return range(before - self._tail_start, self.settled - self._tail_start)
-
-    def mask(self, masks: Sequence[Mask]) -> None:
-        """Have these stretches of the passage replaced."""
-        at = self._tail_start
-        moved = ((start + at, end + at, replacement) for start, end, replacement in masks)
-        self.masks = united([*self.masks, *moved])
-
-    def trim(self, passage: Passage) -> None:
-        """Forget what no decision to come can depend on.
-
-        Searching from a cut finds the same as searching from the start, if there is room behind it for two matches and no
-        match in it. One may seem to begin there for want of what stands before the cut, and hide the beginning of another.
+    def look(self) -> Sequence[tuple[Scan, Sequence[Finding]]]:
+        """What each check found that is decided since the last look; `settled` is moved on.
 
         Raises
         ------
         ResponseBlocked
-            If too much must be kept, because the text hides most of its characters.
+            If a check could not run, or more must be kept than can be.
         """
-        assert self._width is not None
-        context = 2 * (self._width + 2)
-        if len(self._tail) < 2 * context:
-            return
-        cut = self._seen_before(passage, context)
-        is_clear = not self.masks or self.masks[-1][1] <= self._tail_start + cut
-        if cut and is_clear and _folds_apart(passage, cut):
-            self._tail_start += cut
-            self._tail = self._tail[cut:]
-        elif len(self._tail) > _LONGEST_TAIL + 2 * MAX_FINDINGS * context:
-            raise _stopped(
-                "its own text, which hides so much that it cannot be checked as a stream"
-            )
+        if not self._checks:
+            self.settled = self.length
+            return ()
+        if not self._is_held:
+            return self._follow()
+        return self._search() if self.ended else ()
 
-    def _seen_before(self, passage: Passage, chars: int) -> int:
-        """Up to where in the passage at least so many characters and a match are seen to follow."""
-        assert self._width is not None
-        opened = passage.text.find("\\", max(len(passage.text) - _OPEN_ESCAPE_CHARS, 0))
-        # An escape that is not whole yet would count as more characters than the one it becomes.
-        seen = passage.views() if opened < 0 else views(passage.text[:opened], is_json=False)
-        return min(_offset(view, len(view.text) - chars - self._width - 1) for view in seen)
+    def _search(self) -> list[tuple[Scan, Sequence[Finding]]]:
+        """Look at the whole text, which has ended."""
+        self.settled = self.length
+        stage = Stage.model_construct(name="window", checks=self._checks)
+        exchange = Exchange("chat", {}, (_choice(self._target, Passage("", "".join(self._text))),))
+        results = run_stage(stage, exchange, lambda: 0.0)
+        for check in self._checks:
+            if results[check.id].outcome is Outcome.ERROR:
+                raise _stopped(f"the check {check.id}, which could not run")
+        return [(check, results[check.id].findings) for check in self._checks]
+
+    def _follow(self) -> list[tuple[Scan, Sequence[Finding]]]:
+        """Look at the end of the text, and forget what no decision to come can depend on."""
+        at = self._tail_start
+        json = self._may_be_json is not False
+        text = Growing(self._tail, self._seen - at, ended=self.ended, may_be_json=json)
+        sightings = [_sighting(check, text) for check in self._checks]
+        decided = min(sighting.decided for sighting in sightings) + at
+        found = [_moved(s.findings, at, range(self.settled, decided)) for s in sightings]
+        if json and "\\" in self._tail and any(found):
+            self._is_held = True
+            self.settled = min(f.span[0] for each in found for f in each if f.span)
+            return self._search() if self.ended else []
+        self.settled = max(self.settled, decided)
+        self._seen = min(sighting.start for sighting in sightings) + at
+        self._tail_start += text.context(self._seen - at)
+        self._tail = self._tail[self._tail_start - at :]
+        if len(self._tail) > _LONGEST_TAIL:
+            raise _stopped("its own text, too much of which cannot be checked before its end")
+        return list(zip(self._checks, found, strict=True))
 
 
-def _offset(view: View, index: int) -> int:
-    """Where in the text as written the character of a view stands; 0 for one before the first."""
-    return view.original(index, index + 1)[0] if index > 0 else 0
+def _sighting(check: Scan, text: Growing) -> Sighting:
+    try:
+        sighting = check.follow(text, "")
+    except Exception as error:
+        raise _stopped(f"the check {check.id}, which could not run") from error
+    if sighting.flooded:
+        raise _stopped(f"the check {check.id}: more found than can be told")
+    return sighting
 
 
-def _folds_apart(passage: Passage, cut: int) -> bool:
-    """Whether the parts before and behind a cut read as they do together."""
-    apart = (
-        views(part, is_json=False)[-1].text for part in (passage.text[:cut], passage.text[cut:])
-    )
-    return passage.views()[-1].text == "".join(apart)
+def _moved(findings: Sequence[Finding], by: int, begin: range) -> list[Finding]:
+    """The findings moved behind `by` characters more, of those that then begin there."""
+    return [
+        replace(finding, span=(finding.span[0] + by, finding.span[1] + by))
+        for finding in findings
+        if finding.span is not None and finding.span[0] + by in begin
+    ]
 
 
 @dataclass(slots=True)
@@ -247,32 +242,52 @@ class _Piece:
     name: str
 
 
-@dataclass(slots=True)
 class _Waiting:
     """An event not yet let go: its bytes, what they say, and its texts."""
 
-    raw: bytes
-    chunk: dict[str, Any]
-    pieces: list[_Piece]
+    def __init__(self, raw: bytes, chunk: dict[str, Any], pieces: list[_Piece]) -> None:
+        self.lanes = list(dict.fromkeys(piece.lane for piece in pieces))
+        self.gone = False
+        self._raw = raw
+        self._chunk = chunk
+        self._pieces = pieces
 
     @property
-    def is_settled(self) -> bool:
-        """Whether all that begins in its texts is decided."""
-        return all(piece.end <= piece.lane.settled for piece in self.pieces)
+    def is_ending(self) -> bool:
+        """Whether it says that something is over, so that nothing may come after it that came before it."""
+        choices = self._chunk.get("choices")
+        return any(c.get("finish_reason") for c in choices) if choices else bool(self._chunk)
+
+    @property
+    def may_go(self) -> bool:
+        """Whether it is its texts' turn, all that begins in them is decided, and it may overtake others."""
+        return self._is_settled and not self.is_ending
+
+    @property
+    def may_end(self) -> bool:
+        """Whether it may go, given that it is the first of all."""
+        return self._is_settled and self.is_ending
+
+    @property
+    def _is_settled(self) -> bool:
+        return all(p.end <= p.lane.settled and p.lane.waiting[0] is self for p in self._pieces)
 
     def released(self) -> bytes:
-        """The event as its client may see it."""
+        """The event as its client may see it; it is no longer waiting."""
+        self.gone = True
+        for lane in self.lanes:
+            lane.waiting.popleft()
         changed = False
-        for piece in self.pieces:
+        for piece in self._pieces:
             text = piece.holder[piece.name]
             piece.holder[piece.name] = with_masks(text, piece.lane.masks, piece.start)
             changed = changed or piece.holder[piece.name] != text
         if not changed:
-            return self.raw
-        for choice in self.chunk["choices"]:
+            return self._raw
+        for choice in self._chunk["choices"]:
             if "logprobs" in choice:
                 choice["logprobs"] = None
-        return sse.encode(orjson.dumps(self.chunk))
+        return sse.encode(orjson.dumps(self._chunk))
 
 
 def _texts(chunk: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], str]]:
@@ -300,7 +315,7 @@ def _texts(chunk: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, A
             *called,
         ]
         for lane, number, holder, name in holders:
-            if isinstance(holder.get(name), str):
+            if isinstance(holder.get(name), str) and holder[name]:
                 yield (index, lane, number), holder, name
 
 

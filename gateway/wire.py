@@ -1,7 +1,6 @@
-"""The OpenAI wire: what a request asks, what a response says, and the few edits we may make to either.
+"""The OpenAI wire: what a request asks, what a response says, and the logprobs that we add to one and take from the other.
 
-Bodies are kept as the bytes that came. A response is read once into typed structs; an edit is a splice where that is
-possible (`logprobs` we asked for and the client did not) and a re-serialisation only where text must change.
+Bodies are kept as the bytes that came. A response is read once into typed structs; what is taken out is spliced out.
 
 References
 ----------
@@ -10,16 +9,15 @@ OpenAI API document: `CreateChatCompletionResponse`, `CreateCompletionResponse`,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 import orjson
 
 from policies.match import Facts
-from validators import JSON, Choice, Finding, Passage, TokenLogprob, ToolCall, TopLogprob
+from validators import JSON, Choice, Passage, TokenLogprob, ToolCall, TopLogprob
 
 CHAT, COMPLETIONS, RESPONSES = "chat", "completions", "responses"
 
@@ -54,12 +52,12 @@ def parse_request(body: bytes) -> dict[str, JSON]:
         raise Unreadable(f"The request body is not valid JSON: {error}.") from error
     if not isinstance(request, dict):
         raise Unreadable("The request body must be a JSON object.")
-    if _is_too_deep(body, request):
+    if is_too_deep(body, request):
         raise Unreadable(f"The request body is nested more than {_MAX_DEPTH} levels deep.")
     return request
 
 
-def _is_too_deep(body: bytes, document: Any) -> bool:
+def is_too_deep(body: bytes, document: Any) -> bool:
     """Whether a document, which is what the body says, is nested deeper than we can take apart and write again."""
     if body.count(b"{") + body.count(b"[") <= _MAX_DEPTH:
         return False
@@ -164,7 +162,9 @@ class _ToolCall(msgspec.Struct, gc=False):
     custom: _Function | None = None
 
 
-class _Message(msgspec.Struct, gc=False):
+class Message(msgspec.Struct, gc=False):
+    """What a choice of a chat completion says, or the next piece of it."""
+
     content: str | list[_Part] | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
@@ -174,7 +174,7 @@ class _Message(msgspec.Struct, gc=False):
 
 
 class _Choice(msgspec.Struct, gc=False):
-    message: _Message | None = None
+    message: Message | None = None
     text: str | None = None
     finish_reason: str | None = None
     logprobs: msgspec.Raw = NO_RAW
@@ -230,13 +230,15 @@ class Reading:
     """What a response body says.
 
     `logprob_spans` are the byte ranges of the values of every `logprobs` key that says something, in order; cutting them out
-    (`without_logprobs`) leaves a body that is what a client that did not ask would have got.
+    (`without_logprobs`) leaves a body that is what a client that did not ask would have got. None if they cannot be told
+    from equal values elsewhere in the body.
     """
 
+    endpoint: str
     choices: tuple[Choice, ...]
     upstream_id: str | None
     model: str
-    logprob_spans: tuple[tuple[int, int], ...]
+    logprob_spans: tuple[tuple[int, int], ...] | None
 
     @property
     def is_failure(self) -> bool:
@@ -258,8 +260,13 @@ def read_response(endpoint: str, body: bytes) -> Reading:
         read = _read_responses(body) if endpoint == RESPONSES else _read_choices(endpoint, body)
         # What msgspec passes over must be sound too: it may have to be written again. Logprobs are read whole.
         rest = without_logprobs(body, read)
-        if _is_too_deep(rest, orjson.loads(rest)):
+        document = orjson.loads(rest)
+        if is_too_deep(rest, document):
             raise ValueError(f"nested more than {_MAX_DEPTH} levels deep")
+        if read.logprob_spans and any(
+            each.get("logprobs") for each in _said_in(endpoint, document)
+        ):
+            read = replace(read, logprob_spans=None)
     except (ValueError, RecursionError) as error:
         raise Unreadable(
             f"The provider's answer is not what {PATH_OF[endpoint]} should give: {error}."
@@ -284,11 +291,11 @@ def _read_choices(endpoint: str, body: bytes) -> Reading:
             tokens = (spoken.content or spoken.refusal) if spoken else None
             choices.append(_read_message(path, choice, tokens))
     spans = _spans(body, raws)
-    return Reading(tuple(choices), completion.id or None, completion.model, spans)
+    return Reading(endpoint, tuple(choices), completion.id or None, completion.model, spans)
 
 
 def _read_message(path: str, choice: _Choice, logprobs: list[TokenLogprob] | None) -> Choice:
-    message = choice.message or _Message()
+    message = choice.message or Message()
     path_m = f"{path}.message"
     texts: list[Passage] = []
     refusals: list[Passage] = []
@@ -367,7 +374,7 @@ def _read_responses(body: bytes) -> Reading:
         tokens or None,
     )
     spans = _spans(body, raws)
-    return Reading((choice,), response.id or None, response.model, spans)
+    return Reading(RESPONSES, (choice,), response.id or None, response.model, spans)
 
 
 def _legacy_tokens(logprobs: _LegacyLogprobs | None) -> list[TokenLogprob] | None:
@@ -389,57 +396,47 @@ def _spans(body: bytes, raws: Sequence[msgspec.Raw]) -> tuple[tuple[int, int], .
     position = 0
     for raw in raws:
         value = bytes(raw)
-        if b'"' not in value:
+        if not says_something(value):
             continue
         prefix = value[:_PREFIX_BYTES]
         start = body.find(prefix, position)
-        while body[start : start + len(value)] != value:
+        while not body.startswith(value, start):
             start = body.find(prefix, start + 1)
         position = start + len(value)
         spans.append((start, position))
-    return tuple(spans)
+    return tuple(sorted(spans))
+
+
+def says_something(logprobs: bytes) -> bool:
+    """Whether a `logprobs` value names a token: it then has a quote in it, and so is no part of a text."""
+    return b'"' in logprobs
+
+
+def _said_in(endpoint: str, document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Everything in a body that may have `logprobs`."""
+    if endpoint != RESPONSES:
+        yield from document["choices"]
+        return
+    for item in document["output"]:
+        for parts in (item.get("summary"), item.get("content")):
+            yield from parts if isinstance(parts, list) else ()
 
 
 def without_logprobs(body: bytes, reading: Reading) -> bytes:
-    """The body with every `logprobs` value nulled (emptied, for responses), all other bytes untouched."""
-    if not reading.logprob_spans:
-        return body
-    empty = b"[]" if reading.choices and reading.choices[0].path == "output" else b"null"
+    """The body with every `logprobs` value nulled (emptied, for responses), all other bytes untouched if that can be."""
+    empty = b"[]" if reading.endpoint == RESPONSES else b"null"
+    if reading.logprob_spans is None:
+        document = orjson.loads(body)
+        for each in _said_in(reading.endpoint, document):
+            if each.get("logprobs"):
+                each["logprobs"] = orjson.loads(empty)
+        return orjson.dumps(document)
     pieces: list[bytes] = []
     position = 0
     for start, end in reading.logprob_spans:
         pieces += (body[position:start], empty)
         position = end
-    return b"".join((*pieces, body[position:]))
-
-
-# ------------------------------------------------------------------------------------------------------------- edits
-
-_STEP = re.compile(r"([A-Za-z_]+)((?:\[\d+\])*)")
-
-
-def with_texts(body: bytes, texts: Mapping[str, str], reading: Reading) -> bytes:
-    """The body with the passages at these paths replaced.
-
-    Logprobs are removed: they would speak of (and spell out) tokens that are no longer there.
-
-    Raises
-    ------
-    KeyError
-        If a path is not that of a passage of this body.
-    """
-    document = orjson.loads(without_logprobs(body, reading))
-    known = {passage.path for choice in reading.choices for passage in passages_of(choice)}
-    for path, text in texts.items():
-        if path not in known:
-            raise KeyError(path)
-        holder, key = _locate(document, path)
-        holder[key] = text
-    if "output_text" in document:
-        document["output_text"] = "".join(
-            p.text for p in read_response(RESPONSES, orjson.dumps(document)).choices[0].texts
-        )
-    return orjson.dumps(document)
+    return b"".join((*pieces, body[position:])) if pieces else body
 
 
 def passages_of(choice: Choice) -> Iterator[Passage]:
@@ -448,65 +445,3 @@ def passages_of(choice: Choice) -> Iterator[Passage]:
     yield from choice.refusals
     yield from choice.reasonings
     yield from (call.arguments for call in choice.tool_calls)
-
-
-def _locate(document: Any, path: str) -> tuple[Any, str | int]:
-    steps: list[str | int] = []
-    for name, indices in _STEP.findall(path):
-        steps.append(name)
-        steps += (int(index) for index in indices[1:-1].split("][") if index)
-    for step in steps[:-1]:
-        document = document[step]
-    return document, steps[-1]
-
-
-def redacted_texts(reading: Reading, redactions: Iterable[Finding]) -> dict[str, str]:
-    """The new text of every passage of a response that a redaction touches, by path."""
-    return masked_texts([p for choice in reading.choices for p in passages_of(choice)], redactions)
-
-
-def masked_texts(passages: Iterable[Passage], findings: Iterable[Finding]) -> dict[str, str]:
-    """The new text of every passage that a finding touches, by path.
-
-    Spans are offsets in the passage's own text even where a finding points inside its JSON (`path#/pointer`). Overlapping
-    spans are masked once, as the union of both.
-    """
-    by_path: dict[str, list[Finding]] = {}
-    for finding in findings:
-        by_path.setdefault(finding.path.partition("#")[0], []).append(finding)
-    texts = {passage.path: passage.text for passage in passages}
-    return {
-        path: with_masks(texts[path], united(masks_of(found))) for path, found in by_path.items()
-    }
-
-
-#: A stretch of a text, in code points, and what takes its place.
-Mask = tuple[int, int, str]
-
-
-def masks_of(findings: Iterable[Finding]) -> list[Mask]:
-    """The stretches that findings ask to replace, in their order."""
-    return [(*f.span, f.replacement or "[redacted]") for f in findings if f.span is not None]
-
-
-def united(masks: Iterable[Mask]) -> list[Mask]:
-    """The masks by where they start; those that overlap are one, with the replacement of the first."""
-    apart: list[Mask] = []
-    for start, end, replacement in sorted(masks, key=lambda mask: mask[:2]):
-        if apart and start < apart[-1][1]:
-            apart[-1] = (apart[-1][0], max(end, apart[-1][1]), apart[-1][2])
-        else:
-            apart.append((start, end, replacement))
-    return apart
-
-
-def with_masks(text: str, masks: Iterable[Mask], offset: int = 0) -> str:
-    """The part of a longer text that begins at `offset`, masked; `masks` are of the longer text and united."""
-    parts: list[str] = []
-    at, end = offset, offset + len(text)
-    for left, right, replacement in masks:
-        if left < end and right > offset:
-            parts.append(text[at - offset : max(left, at) - offset])
-            parts.append(replacement if left >= offset else "")
-            at = min(right, end)
-    return "".join((*parts, text[at - offset :]))

@@ -10,7 +10,7 @@ import re
 import string
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 #: Characters that are not seen: soft hyphen, joiners, direction marks, invisible operators, variation selectors, tags
@@ -70,6 +70,10 @@ class View:
             finish = origin + end - self._starts[last]
         return self._base.original(begin, finish)
 
+    def byte(self, position: int) -> int:
+        """Where in `data` a place in `text` is."""
+        return position if self.ascii else len(self.text[:position].encode("utf-8", "replace"))
+
     def position(self, offset: int) -> int:
         """The first place in `text` that comes from `offset` of the original text or from behind it."""
         if self._base is None:
@@ -104,19 +108,25 @@ def views(text: str, *, is_json: bool) -> tuple[View, ...]:
 class Growing:
     """A text of which more is to come, unless it has `ended`.
 
-    Matches are looked for from `start` on; what is before that was looked at, and is only there to be looked back at.
+    Matches are looked for from `start` on; what is before that was looked at, and is only there to be looked back at. If it
+    `may_be_json`, `views` are those of JSON and those of any other text.
     What comes may still change the `views`: from `settled` on the last character, made from one of `bases`, which marks
-    may join; from `cut` on everything, where an escape is unfinished. Both are the length of the text if nothing can.
+    may join; from `marks` on the marks it has; from `cut` on everything, where an escape is unfinished. All are the length
+    of the text where nothing can change.
     """
 
-    __slots__ = ("bases", "cut", "ended", "settled", "start", "text", "views")
+    __slots__ = ("bases", "cut", "ended", "marks", "settled", "start", "text", "views")
 
-    def __init__(self, text: str, start: int = 0, *, ended: bool = False) -> None:
+    def __init__(
+        self, text: str, start: int = 0, *, ended: bool = False, may_be_json: bool = False
+    ) -> None:
         self.text = text
         self.start = start
         self.ended = ended
         self.views = views(text, is_json=False)
-        self.settled = self.cut = len(text)
+        if may_be_json and "\\" in text:
+            self.views = (self.views[0], *views(text, is_json=True))
+        self.settled = self.marks = self.cut = len(text)
         self.bases = ""
         if not ended:
             self._unsettle()
@@ -134,27 +144,42 @@ class Growing:
         read = View(text)
         if "\\" in text:
             cuts = (match.start() for match in _UNFINISHED.finditer(text) if match["cut"])
-            self.cut = self.settled = next(cuts, len(text))
+            self.settled = self.marks = self.cut = next(cuts, len(text))
             read = _rewritten(View(text[: self.cut]), _escapes(text[: self.cut]))
         chars = read.text
-        first = len(chars)
-        while first and chars[first - 1] > "\x7f" and _joins(chars[first - 1]):
+        size = marks = len(chars)
+        while marks and chars[marks - 1] > "\x7f" and _joins(chars[marks - 1]):
+            marks -= 1
+        first = marks
+        if marks and (chars[marks - 1] > "\x7f" or chars[marks - 1] in _JOINED):
             first -= 1
-        if first == len(chars) and chars[-1:] <= "\x7f" and chars[-1:] not in _JOINED:
+        if first == size:
             return
-        first = max(first - 1, 0)
+        first += (size - 1 - first) // _MAX_CLUSTER * _MAX_CLUSTER
+        marks = max(marks, first)
         self.bases = unicodedata.normalize("NFKD", chars[first])
         self.settled = read.original(first, first + 1)[0]
-        if len(chars) - first > _MAX_CLUSTER:
-            self.cut = self.settled
+        if len(unicodedata.normalize("NFKC", chars[first])) != 1:
+            self.marks = self.settled
+        elif marks < size:
+            self.marks = read.original(marks, marks + 1)[0]
 
 
 @cache
-def composed() -> str:
-    """Every character that marks can make of another one, in its normal form (NFKC)."""
-    blocks = (*range(0xA0, 0xD7A4), *range(0x11000, 0x12000))
-    found = (char for char in map(chr, blocks) if unicodedata.normalize("NFD", char) != char)
-    return "".join(char for char in found if unicodedata.is_normalized("NFKC", char))
+def composed() -> Mapping[str, str]:
+    """What marks can make of a character, by the character that it is without marks; the marks themselves under "".
+
+    All in normal form (NFKC), as in the last view of a text.
+    """
+    made: dict[str, str] = {}
+    for char in map(
+        chr, (*range(0xA0, 0xD7A4), *range(0x10A00, 0x12000), *range(0x1D100, 0x1EA00))
+    ):
+        apart = unicodedata.normalize("NFD", char)
+        base = "" if _joins(char) else apart[0]
+        if base != char and unicodedata.is_normalized("NFKC", char) and not _HIDDEN.match(char):
+            made[base] = made.get(base, "") + char
+    return made
 
 
 def _rewritten(base: View, changes: Iterator[tuple[int, int, str]]) -> View:
@@ -220,8 +245,15 @@ def _clusters(text: str) -> Iterator[tuple[int, int, str]]:
             new = changed[char]
         else:
             new = unicodedata.normalize("NFKC", _HIDDEN.sub("", text[begin:finish]))
-        if new != text[begin:finish]:
+        if new == text[begin:finish]:
+            continue
+        if finish - begin == 1 or text[begin] in joins or len(changed.get(text[begin], "?")) != 1:
             yield begin, finish, new
+            continue
+        # Only the first character may come from the one that has the marks: what begins behind it begins with the marks.
+        if new[:1] != text[begin]:
+            yield begin, finish, new[:1]
+        yield begin + 1, finish, new[1:]
 
 
 def _joins(char: str) -> bool:

@@ -15,10 +15,13 @@ import re2
 from validators.syntax import TOKEN, counts, read
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _MAX_MEM_BYTES = 16 << 20
 _MAX_PATTERN_CHARS = 10_000
+_MAX_BEGINNINGS_CHARS = 400_000
+#: RE2 instructions; from some 150,000 on the automaton outgrows its memory and every search takes milliseconds.
+_MAX_BEGINNINGS_SIZE = 100_000
 
 
 class _Refusal(NamedTuple):
@@ -144,6 +147,23 @@ def max_match_length(pattern: str) -> int | None:
 def match_widths(pattern: str) -> tuple[int, float]:
     """The shortest and the longest match of an accepted pattern in code points; the longest may be infinite."""
     return read(pattern)[:2]
+
+
+def compile_beginnings(patterns: Iterable[str]) -> re2._Regexp | None:
+    r"""A pattern that finds, at the end of a text, what may still become a match of one of some accepted patterns.
+
+    Its match is the longest such end of the text, empty if there is none: `\bno` finds `n` in `yes, n`, nothing in `yes, no`
+    (that is a match already) and nothing in `yes`. What a longer text decides, such as a `\b` or `$` at the end of the text,
+    counts as possible. None if it would be too large to run fast.
+    """
+    begun = [read(pattern).begun for pattern in patterns]
+    if sum(len(each or "") for each in begun) > _MAX_BEGINNINGS_CHARS or None in begun:
+        return None
+    try:
+        compiled = re2.compile(f"(?:{'|'.join(map(str, begun))})\\z", re2_options())
+    except re2.error:
+        return None
+    return compiled if compiled.reverseprogramsize <= _MAX_BEGINNINGS_SIZE else None
 
 
 def _explanation(pattern: str, error: re2.error) -> str:

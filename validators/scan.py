@@ -8,9 +8,10 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import orjson
 import re2
@@ -27,9 +28,10 @@ from validators.base import (
     Targets,
     Validator,
 )
-from validators.location import places
-from validators.normalise import View
-from validators.regex import compile_re2, match_widths, re2_options
+from validators.location import Place, places
+from validators.normalise import Growing, View, composed
+from validators.regex import compile_beginnings, compile_re2, match_widths, re2_options
+from validators.syntax import read
 
 Accept = Callable[[str, int, int], "tuple[int, int] | None"]
 
@@ -42,9 +44,10 @@ _MAX_CANDIDATES = 5_000
 class Rule:
     """Something to look for.
 
-    `accept(text, start, end)` takes a match of `pattern` and gives the span that counts, or None to refuse it. With
-    `overlapping` the search goes on inside a refused match, for patterns with a bounded length only. `longest` is the
-    longest span in code points where `accept` bounds it and the pattern does not.
+    `accept(text, start, end)` takes a match of `pattern` and gives the span that counts, or None to refuse it; it looks at
+    no more than the match, two characters before it and one behind. With `overlapping` the search goes on inside a refused
+    match, for patterns with a bounded length only. `longest` is the longest span in code points where `accept` bounds it and
+    the pattern does not.
     """
 
     name: str
@@ -62,6 +65,29 @@ class _Hit:
     end: int
     rule: int
     overflow: bool = False
+
+
+@dataclass(slots=True)
+class _Search:
+    """A text to search from `start` on; `spans` are the stretches that a search found and does not look into again."""
+
+    views: tuple[View, ...]
+    size: int
+    start: int = 0
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Sighting(NamedTuple):
+    """What a check says of a text that grows.
+
+    `findings` are all that begin before `decided`, whatever follows. `start` is where the next look at the text has to
+    begin. `flooded` is true if there was too much to list.
+    """
+
+    findings: tuple[Finding, ...]
+    decided: int
+    start: int
+    flooded: bool
 
 
 class Scanner:
@@ -102,21 +128,80 @@ class Scanner:
         """
         findings: list[Finding] = []
         for passage in passages:
-            hits = self._hits(passage, max(MAX_FINDINGS - 1 - len(findings), 0))
+            search = _Search(passage.views(), len(passage.text))
+            hits = self._hits(search, max(MAX_FINDINGS - 1 - len(findings), 0))
             if hits:
                 findings += self._located(passage, hits)
         return findings
 
+    def follow(self, text: Growing, path: str) -> Sighting:
+        """What can be said of a text however it goes on; its findings are at `path`."""
+        search = _Search(text.views, len(text.text), text.start)
+        hits = self._hits(search, MAX_FINDINGS - 1)
+        decided = len(text.text) if text.ended else self._decided(text)
+        for hit in hits:
+            if hit.end > text.settled:
+                decided = min(decided, hit.start)
+        start = decided
+        # In the second half of a stretch cut in two, a search would find what it passes over in the whole.
+        for first, last in sorted(search.spans, reverse=True):
+            if first < start < last:
+                start = first
+        sure = [hit for hit in hits if hit.start < decided]
+        findings = tuple(self._finding(hit, path) for hit in sure)
+        return Sighting(findings, decided, start, any(hit.overflow for hit in sure))
+
+    @cached_property
     def longest_match(self) -> int | None:
         """The longest match of any rule in code points of the normalised text, None if there is no bound."""
         lengths = [rule.longest or match_widths(rule.pattern)[1] for rule in self.rules]
         longest = max(lengths)
         return None if longest == math.inf else int(longest)
 
-    def _hits(self, passage: Passage, room: int) -> list[_Hit]:
+    @cached_property
+    def _beginnings(self) -> re2._Regexp | None:
+        return compile_beginnings(rule.pattern for rule in self.rules)
+
+    @cached_property
+    def _bases(self) -> frozenset[str]:
+        """Characters of which marks can make one that a match begins with, and "" if it can begin with a mark."""
+        first = frozenset().union(*(read(rule.pattern).first for rule in self.rules))
+        begins = re2.compile("|".join(first), re2_options())
+        return frozenset(base for base, made in composed().items() if begins.search(made))
+
+    def _decided(self, text: Growing) -> int:
+        """The first place where a match may begin that is not there yet, or may still become another one."""
+        decided = text.cut
+        if not self._bases.isdisjoint(text.bases):
+            decided = min(decided, text.settled)
+        if "" in self._bases:
+            decided = min(decided, text.marks)
+        for view in text.views:
+            begun = self._begun(view, text)
+            if begun < len(view.text):
+                decided = min(decided, view.original(begun, begun + 1)[0])
+        return max(decided, text.start)
+
+    def _begun(self, view: View, text: Growing) -> int:
+        start, settled, cut = (view.position(at) for at in (text.start, text.settled, text.cut))
+        if self.longest_match is not None:
+            start = max(start, settled - self.longest_match - 1)
+        if self._beginnings is None:
+            return start
+        first = view.byte(start)
+        for end in sorted({settled, min(settled + 1, cut), cut}):
+            data = view.data[: view.byte(end)]
+            match = self._beginnings.search(data, first)
+            if match and match.start() < len(data):
+                return end - len(data[match.start() :].decode())
+        return len(view.text)
+
+    def _hits(self, search: _Search, room: int) -> list[_Hit]:
         """Matches by where they start, at most `room` and one more, which then covers all the rest."""
         streams = [
-            self._stream(view, index) for view in passage.views() for index in self.matching(view)
+            self._stream(view, index, search)
+            for view in search.views
+            for index in self.matching(view)
         ]
         if not streams:
             return []
@@ -134,12 +219,14 @@ class Scanner:
         if rest is None:
             return hits
         first = min(rest.start, hits.pop().start) if len(hits) > room else rest.start
-        return [*hits, _Hit(first, len(passage.text), rest.rule, overflow=True)]
+        return [*hits, _Hit(first, search.size, rest.rule, overflow=True)]
 
-    def _stream(self, view: View, index: int) -> Iterator[_Hit]:
+    def _stream(self, view: View, index: int, search: _Search) -> Iterator[_Hit]:
         """Matches of one rule in one view, in order, as spans of the original text."""
         rule, pattern, data = self.rules[index], self._patterns[index], view.data
-        position = counted = chars = candidates = 0
+        chars = view.position(search.start)
+        position = counted = view.byte(chars)
+        candidates = 0
         while match := pattern.search(data, position):
             first, last = match.span()
             chars += first - counted if view.ascii else len(data[counted:first].decode())
@@ -153,7 +240,11 @@ class Scanner:
             accepted = rule.accept(view.text, *span) if rule.accept else span
             if accepted:
                 yield _Hit(*view.original(*accepted), index)
-            position = first + 1 if accepted is None and rule.overlapping else last
+            if accepted is None and rule.overlapping:
+                position = first + 1
+            else:
+                position = last
+                search.spans.append(view.original(*span))
 
     def _located(self, passage: Passage, hits: Sequence[_Hit]) -> Iterator[Finding]:
         where = (
@@ -162,17 +253,19 @@ class Scanner:
             else ()
         )
         for number, hit in enumerate(hits):
-            rule = self.rules[hit.rule]
-            path, span, replacement = passage.path, (hit.start, hit.end), rule.replacement
-            place = where[number] if where else None
-            if place:
-                # What replaces a span must leave the document JSON, or the caller cannot read the rest.
-                path = f"{path}#{place.pointer}" if place.pointer else path
-                quoted = orjson.dumps(replacement).decode()
-                replacement = quoted[1:-1] if place.in_string else quoted
-                span = span if place.in_string else (place.start, place.end)
-            size = "too many to list" if hit.overflow else f"{hit.end - hit.start} characters"
-            yield Finding(path, f"{rule.message} ({size})", span, rule.name, replacement)
+            yield self._finding(hit, passage.path, where[number] if where else None)
+
+    def _finding(self, hit: _Hit, path: str, place: Place | None = None) -> Finding:
+        rule = self.rules[hit.rule]
+        span, replacement = (hit.start, hit.end), rule.replacement
+        if place:
+            # What replaces a span must leave the document JSON, or the caller cannot read the rest.
+            path = f"{path}#{place.pointer}" if place.pointer else path
+            quoted = orjson.dumps(replacement).decode()
+            replacement = quoted[1:-1] if place.in_string else quoted
+            span = span if place.in_string else (place.start, place.end)
+        size = "too many to list" if hit.overflow else f"{hit.end - hit.start} characters"
+        return Finding(path, f"{rule.message} ({size})", span, rule.name, replacement)
 
 
 class Scan(Validator):
@@ -187,7 +280,11 @@ class Scan(Validator):
     @property
     def longest_match(self) -> int | None:
         """The longest text a rule can match, in code points after normalisation; None if there is no bound."""
-        return self._scanner.longest_match()
+        return self._scanner.longest_match
+
+    def follow(self, text: Growing, path: str) -> Sighting:
+        """What can be said of a text however it goes on, as text and not as JSON; its findings are at `path`."""
+        return self._scanner.follow(text, path)
 
     def run(self, exchange: Exchange) -> CheckResult:
         """FAIL with one finding per match, each with its span and replacement."""

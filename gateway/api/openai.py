@@ -126,6 +126,7 @@ class OpenAIEdge:
         answering = self._answer(call, match)
         # A client may wait for hours from here on: what it sent must not stay in memory for that long.
         del call, match
+        exchange.headers, exchange.values = [], {}
         if is_streamed:
             await self._streamed(exchange, endpoint, opening, answering)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import orjson
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway import wire
@@ -55,11 +55,11 @@ async def queue(
 
 
 @router.get("/{task_id}", response_model=None)
-async def show(task_id: str, services: ServicesOf, caller: Reviewer) -> dict[str, JSON]:
+async def show(task_id: str, services: ServicesOf, caller: Reviewer) -> Response:
     """One task with its evidence: the request, the response, the passages that may be corrected, the reasons."""
     review = await services.reviews.get(task_id)
     decision = review.decision
-    return {
+    shown = {
         **task_json(review.task),
         "decision": decision.detail,
         "endpoint": decision.endpoint,
@@ -68,6 +68,7 @@ async def show(task_id: str, services: ServicesOf, caller: Reviewer) -> dict[str
         "response": _content(decision.response),
         "passages": _passages(decision),
     }
+    return Response(orjson.dumps(shown), media_type="application/json")
 
 
 @router.post("/{task_id}/claim", response_model=None)
@@ -103,9 +104,9 @@ async def submit(
     return task_json(await services.reviews.submit(task_id, submission, services.policies.current))
 
 
-def _content(body: bytes | None) -> JSON:
-    content: JSON = orjson.loads(body) if body is not None else None
-    return content
+def _content(body: bytes | None) -> orjson.Fragment | None:
+    """A body as it is: JSON it has been since it was recorded."""
+    return None if body is None else orjson.Fragment(body)
 
 
 def _passages(decision: DecisionRecord) -> list[JSON]:

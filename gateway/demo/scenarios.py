@@ -90,7 +90,9 @@ SCENARIOS: tuple[Scenario, ...] = (
         title="A refund of $25,000: too much to pay out unseen",
         prompt="Order B-2210, the server rack, never came. Please refund all $25,000.",
         keywords=("refund", "$25,000"),
-        script=Script(tool_calls=(_refund("B-2210", 25000.0, "never delivered"),), certainty=0.9998),
+        script=Script(
+            tool_calls=(_refund("B-2210", 25000.0, "never delivered"),), certainty=0.9998
+        ),
         metadata=_REFUND_METADATA,
         request=_REFUND_REQUEST,
     ),

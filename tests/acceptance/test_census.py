@@ -201,12 +201,12 @@ SPELLINGS = [
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "GET", "DELETE", "REPORT"])
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_no_spelling_of_the_path_leads_around_the_checks(
-    holdgate: Server, upstream: Server, spelling: str, method: str
+    holdgate: Server, upstream: Server, http: httpx.Client, spelling: str, method: str
 ) -> None:
-    httpx.delete(f"{upstream.url}/calls")
+    http.delete(f"{upstream.url}/calls")
     body = json.dumps(request("chat", "guard", scripted(text=f"It is {CODE}.")))
     status, told = send(holdgate, method, spelling, body)
-    calls = httpx.get(f"{upstream.url}/calls").json()["calls"]
+    calls = http.get(f"{upstream.url}/calls").json()["calls"]
     assert f"It is {CODE}." not in told
     assert status in (400, 403, 404, 405), told
     assert len(calls) == (status == 403)

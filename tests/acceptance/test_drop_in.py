@@ -58,7 +58,8 @@ def test_every_client_header_goes_upstream_but_ours_and_those_of_the_hop(
 def test_unknown_request_fields_reach_the_provider(
     http: httpx.Client, endpoint: str, task: str
 ) -> None:
-    unknown = {"x_new": {"a": [1, None, "ü"]}, "moderation": {"mode": "auto"}, "seed": 2**63 - 1}
+    unknown: dict[str, Any] = {"x_new": {"a": [1, None, "ü"]}, "moderation": {"mode": "auto"}}
+    unknown["seed"] = 2**63 - 1
     body = request(endpoint, task, scripted(echo=True), **unknown)
     [text] = said(endpoint, http.post(PATHS[endpoint], json=body))
     received = json.loads(text)["body"]
@@ -159,11 +160,12 @@ def test_html_error_page_is_relayed_as_it_is(client_for: ClientFor) -> None:
 
 
 def asking_logprobs(endpoint: str) -> dict[str, Any]:
-    return {
+    asked: dict[str, dict[str, Any]] = {
         "chat": {"logprobs": True, "top_logprobs": 2},
         "completions": {"logprobs": 2},
         "responses": {"include": ["message.output_text.logprobs"], "top_logprobs": 2},
-    }[endpoint]
+    }
+    return asked[endpoint]
 
 
 def logprobs_in(value: Any) -> list[Any]:
@@ -190,6 +192,10 @@ def test_logprobs_we_asked_for_never_reach_the_client(
     direct = http.post(f"{upstream.url}/v1/{PATHS[endpoint]}", json=body)
     shown = events(answer.content) if stream else answer.json()
     assert logprobs_in(shown) == []
+    if stream and task == "scored-window":
+        # One text may overtake another there, so only what is said of each is compared.
+        assert said(endpoint, answer) == said(endpoint, direct)
+        return
     unasked = events(direct.content) if stream else direct.json()
     assert without_ids(shown) == without_ids(unasked)
 
@@ -502,7 +508,7 @@ def test_parallel_tool_calls_arrive_whole_and_streamed(client_for: ClientFor, ta
     for answer in (whole, streamed):
         [choice] = answer.choices
         assert choice.finish_reason == "tool_calls"
-        functions: Any = [call.function for call in choice.message.tool_calls or ()]  # type: ignore[union-attr]
+        functions: Any = [call.function for call in choice.message.tool_calls or ()]
         assert [(f.name, json.loads(f.arguments)) for f in functions] == [
             (call["name"], call["arguments"]) for call in calls
         ]

@@ -6,6 +6,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -60,58 +61,60 @@ def corpus() -> Iterator[dict[str, Any]]:
 _PLAIN = {"text", "texts", "finish_reason", "certainty"}
 
 
-@pytest.mark.parametrize("task", ["everything", "scored-live", "watch"])
+@pytest.mark.parametrize("task", ["everything", "scored-live"])
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-def test_a_stream_is_decided_on_as_the_whole_answer_is(
+def test_a_stream_is_decided_on_and_delivered_as_the_whole_answer_is(
     http: httpx.Client, endpoint: str, task: str
 ) -> None:
     actions = set()
     for script in corpus():
         if endpoint == "completions" and not set(script) <= _PLAIN:
             continue
-        whole, streamed = (
-            outcome(http, endpoint, request(endpoint, task, scripted(**script), stream=s))
-            for s in (False, True)
-        )
-        assert streamed[0] == whole[0], script
-        assert streamed[1] == pytest.approx(whole[1], abs=1e-9), script
-        actions.add(whole[0]["action"])
+        whole, streamed = either_way(http, endpoint, task, script)
+        decided, numbers = recorded(decision(http, whole))
+        decided_too, numbers_too = recorded(decision(http, streamed))
+        assert decided_too == decided, script
+        assert numbers_too == pytest.approx(numbers, abs=1e-9), script
+        assert streamed.status_code == whole.status_code
+        assert whole.status_code != 200 or said(endpoint, streamed) == said(endpoint, whole)
+        actions.add(decided["action"])
     assert len(actions) > 1
 
 
-def outcome(
-    http: httpx.Client, endpoint: str, body: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[float | None]]:
-    """What was decided on a call, the numbers apart."""
-    answer = http.post(PATHS[endpoint], json=body, headers={"prefer": "wait=0"})
-    shown = decision(http, answer)
-    detail = shown["detail"]["decision"]
-    results = shown["detail"]["evidence"]["results"]
+def either_way(
+    http: httpx.Client, endpoint: str, task: str, script: Mapping[str, Any]
+) -> list[httpx.Response]:
+    """What a script's answer comes to whole, and as a stream."""
+    bodies = [request(endpoint, task, scripted(**script), stream=s) for s in (False, True)]
+    return [http.post(PATHS[endpoint], json=b, headers={"prefer": "wait=0"}) for b in bodies]
+
+
+def recorded(shown: Mapping[str, Any]) -> tuple[dict[str, Any], list[float]]:
+    """What was decided and why; the numbers in it apart, -1 for none."""
+    detail, evidence = shown["detail"]["decision"], shown["detail"]["evidence"]
     decided = {name: detail[name] for name in ("action", "band", "risk", "reasons", "redactions")}
-    decided["found"] = {name: (r["outcome"], r["findings"]) for name, r in results.items()}
-    decided["absent"] = shown["detail"]["evidence"]["signals_absent"]
-    signals = shown["detail"]["evidence"]["signals"]
-    decided["signals"] = sorted(signals)
-    numbers = [detail["score"], detail["confidence"], *(signals[name] for name in sorted(signals))]
+    found = {name: (r["outcome"], r["findings"]) for name, r in evidence["results"].items()}
+    signals = sorted(evidence["signals"].items())
+    decided |= {
+        "found": found,
+        "absent": evidence["signals_absent"],
+        "signals": list(dict(signals)),
+    }
+    numbers = [detail["score"], detail["confidence"], *(value for _, value in signals)]
     return decided, [-1.0 if number is None else number for number in numbers]
 
 
-@pytest.mark.parametrize("endpoint", ENDPOINTS)
-def test_what_is_delivered_is_the_same_either_way(http: httpx.Client, endpoint: str) -> None:
-    for task in ("everything", "guard", "window", "watch"):
-        for script in corpus():
-            body = request(endpoint, task, scripted(**script), stream=False)
-            whole = http.post(PATHS[endpoint], json=body, headers={"prefer": "wait=0"})
-            body["stream"] = True
-            streamed = http.post(PATHS[endpoint], json=body, headers={"prefer": "wait=0"})
-            if whole.status_code == 200:
-                assert said(endpoint, streamed) == said(endpoint, whole), (task, script)
-            elif streamed.status_code == 200:
-                assert (
-                    whole.json()["error"]["code"] == events(streamed.content)[-1]["error"]["code"]
-                )
-            else:
-                assert streamed.status_code == whole.status_code
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+def test_a_window_delivers_what_the_whole_answer_would_be(
+    http: httpx.Client, endpoint: str
+) -> None:
+    for script in corpus():
+        whole, streamed = either_way(http, endpoint, "window", script)
+        if whole.status_code == 200:
+            assert said(endpoint, streamed) == said(endpoint, whole), script
+        else:
+            error = events(streamed.content)[-1]["error"]
+            assert error["code"] == whole.json()["error"]["code"] == "response_blocked"
 
 
 # ------------------------------------------------------------------------------------------ live modes
@@ -163,6 +166,10 @@ STOPPED: dict[str, dict[str, Any]] = {
 }
 
 
+#: What is JSON goes out at its end, so that not even what comes before a match does.
+_WAITING = ("tool arguments", "escaped arguments")
+
+
 @pytest.mark.parametrize(
     ("endpoint", "place"),
     [
@@ -185,7 +192,7 @@ def test_not_a_character_of_a_blocked_match_gets_through_a_window(
     assert last["error"]["decision"] == answer.headers["x-holdgate-decision"]
     spoken = said(endpoint, answer)
     assert BEFORE.startswith(spoken[-1])
-    assert len(spoken[-1]) > len(BEFORE) - 30 or place == "hidden"
+    assert len(spoken[-1]) > len(BEFORE) - 30 or place in ("hidden", *_WAITING)
     shown = decision(http, answer)
     assert shown["action"] == "block"
     assert any(
@@ -285,8 +292,8 @@ def test_a_stream_whose_client_left_is_still_decided_on(http: httpx.Client, task
 
 def test_the_decision_is_durable_before_the_client_hears_the_end(gateway: GatewayFactory) -> None:
     server = gateway({name: POLICIES[name] for name in ("watch", "window", "whole")})
-    ends = {"chat": b"[DONE]", "completions": b"[DONE]", "responses": b"response.completed"}
-    for endpoint, task in (("chat", "watch"), ("responses", "watch"), ("chat", "window")):
+    ends = {"chat": b"[DONE]", "responses": b"response.completed"}
+    for endpoint, task in (("responses", "watch"), ("chat", "window")):
         body = request(endpoint, task, scripted(text="It is CODE-12, you see."), stream=True)
         url = f"{server.url}/v1/{PATHS[endpoint]}"
         with httpx.stream("POST", url, json=body, timeout=20) as answer:
@@ -298,8 +305,8 @@ def test_the_decision_is_durable_before_the_client_hears_the_end(gateway: Gatewa
                     break
             server.kill()
         path = server.stderr.parent / "holdgate.db"
-        with sqlite3.connect(path) as store:
+        with closing(sqlite3.connect(path)) as store:
             rows = store.execute("SELECT action FROM decisions WHERE id = ?", (decided,)).fetchall()
-        store.close()
         assert rows == [("return",)], endpoint
-        server.start()
+        if endpoint == "responses":
+            server.start()
