@@ -33,7 +33,7 @@ check: .venv/dev.stamp
 	$(BIN)/lint-imports --no-logo
 
 test: .venv/dev.stamp .venv-openai3/stamp services $(NODE)/node_modules/.package-lock.json
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lock: .venv/dev.stamp
 	$(BIN)/python $(PIP) uv

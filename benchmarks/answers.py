@@ -72,9 +72,18 @@ def answer() -> str:
 
 def patterns() -> dict[str, str]:
     """Twenty patterns of the kinds policies have; none occurs in the answer."""
-    words = (
-        "guarantee lawsuit password confidential kill bomb hack exploit ransom refund_now".split()
-    )
+    words = [
+        "guarantee",
+        "lawsuit",
+        "password",
+        "confidential",
+        "kill",
+        "bomb",
+        "hack",
+        "exploit",
+        "ransom",
+        "refund_now",
+    ]
     found = {f"word_{word}": rf"(?i)\b{word}s?\b" for word in words}
     return found | {
         "system_prompt": r"(?i)\bsystem prompt\b",

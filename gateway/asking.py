@@ -110,7 +110,7 @@ class Asker:
         answer = Answer(
             response.status, response.headers, question, attempts=upstream_call.attempts
         )
-        is_stream = (response.header("content-type") or "").startswith("text/event-stream")
+        is_stream = (response.header("content-type") or "").lower().startswith("text/event-stream")
         if not 200 <= response.status < 300:
             answer.body = await response.read(self._response_bytes)
         elif is_stream and call.streamed and mode is not StreamMode.BUFFER:

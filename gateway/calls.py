@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -37,6 +38,10 @@ _NOT_RELAYED = frozenset(
     ]
 )
 
+#: One element of a list; commas in quotes do not end it (RFC 9110, section 5.6.1).
+_ELEMENT = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^",])+')
+_MAX_PREFER_CHARS = 1_000
+
 
 @dataclass(frozen=True, slots=True)
 class Patience:
@@ -48,16 +53,17 @@ class Patience:
 
     @classmethod
     def of(cls, headers: Mapping[str, str]) -> Patience:
-        """What the request headers (names in lower case) say; a preference that cannot be read is ignored."""
-        wait_s = None
-        respond_async = False
-        for preference in headers.get("prefer", "").lower().split(","):
-            name, _, value = preference.partition(";")[0].strip().partition("=")
-            if name == "wait":
-                wait_s = _seconds(value.strip('" '))
-            respond_async = respond_async or name == "respond-async"
+        """What the request headers (names in lower case) say; a preference that cannot be read is ignored.
+
+        Of a preference that is there twice the first counts.
+        """
+        preferences: dict[str, str] = {}
+        for preference in _ELEMENT.findall(headers.get("prefer", "")[:_MAX_PREFER_CHARS]):
+            name, _, value = preference.partition(";")[0].partition("=")
+            preferences.setdefault(name.strip().lower(), value.strip('" '))
         timeout = headers.get("x-stainless-read-timeout") or headers.get("x-stainless-timeout", "")
-        return cls(wait_s, respond_async, _seconds(timeout))
+        wait_s = _seconds(preferences.get("wait", ""))
+        return cls(wait_s, "respond-async" in preferences, _seconds(timeout))
 
     def of_hold_s(self, policy_wait_s: float, *, streamed: bool) -> float:
         """How long to wait for a person before saying that the response is held.
@@ -142,7 +148,7 @@ def make_call(
         )
     except wire.Unreadable as error:
         raise InvalidRequest(str(error), code="invalid_body") from error
-    idempotency_key = values.get("idempotency-key")
+    idempotency_key = values.get("idempotency-key") or None
     identity = caller.key.id if caller.key else values.get("authorization", "")
     digest = hashlib.sha256(body).hexdigest()
     same = f"key:{idempotency_key}" if idempotency_key else f"body:{digest}"
@@ -164,7 +170,7 @@ def make_call(
         fingerprint=fingerprint,
         request_id=values.get("x-request-id", "")[:128] or decision_id,
         received_s=received_s,
-        is_retry=retries.isdigit() and int(retries) > 0,
+        is_retry=retries.isdecimal() and bool(retries.strip("0")),
         is_idempotent=idempotency_key is not None,
     )
 

@@ -31,6 +31,7 @@ from gateway.recording import (
     blocking_reasons,
     stopped,
     unchecked,
+    was_answered,
 )
 from gateway.records import DecisionRecord, TaskState
 from gateway.window import Window
@@ -133,7 +134,7 @@ class Pipeline:
         task = await self._store.task_of(record.id) if record.action is Action.HOLD else None
         if task is not None and (repeated or task.state in (TaskState.OPEN, TaskState.CLAIMED)):
             return self._held(call, policy, record, task.id)
-        if not repeated or record.action is Action.HOLD or not 200 <= record.status < 300:
+        if not repeated or record.action is Action.HOLD or not was_answered(record):
             return None
         if record.action is Action.BLOCK:
             raise _blocked(record)
@@ -233,7 +234,8 @@ class Pipeline:
         if not relay:
             raise UpstreamError(answer.message, code=f"upstream_{answer.fault}")
         if answer.collected is None:
-            return _reply(call, record, answer, answer.client_body())
+            as_it_is = answer.fault is not None
+            return _reply(call, record, answer, answer.client_body(), is_stream=as_it_is)
         stream = answer.collected.replay(strip=answer.question.injected)
         return _reply(call, record, answer, stream, is_stream=True)
 
@@ -310,7 +312,7 @@ class Pipeline:
             )
         except StoreError as error:
             return error
-        if record.action is Action.BLOCK:
+        if record.action in (Action.BLOCK, Action.HOLD):
             return _blocked(record)
         return _failure(answer, match.policy)
 

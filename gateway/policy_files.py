@@ -53,15 +53,24 @@ def load(policies: Path, calibrators: Path) -> Loaded:
                 )
             ]
         )
-    files = sorted(path for path in policies.iterdir() if path.suffix in (".yaml", ".yml"))
+    files = sorted(
+        path
+        for path in policies.iterdir()
+        if path.suffix in (".yaml", ".yml") and not path.name.startswith(".")
+    )
     read = _reader(policies.parent.resolve())
     named = {}
     for path in sorted(calibrators.glob("*.json")) if calibrators.is_dir() else ():
-        calibrator = load_calibrator(path.read_text("utf-8"), file=str(path))
+        calibrator = load_calibrator(_text(path), file=str(path))
         named[calibrator.name] = calibrator
-    return Loaded(
-        load_policies([(str(path), path.read_text("utf-8")) for path in files], read=read), named
-    )
+    return Loaded(load_policies([(str(path), _text(path)) for path in files], read=read), named)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyError([Problem(str(path), 1, 1, f"cannot be read: {error}")]) from error
 
 
 def _reader(root: Path) -> Callable[[str], str]:
@@ -98,14 +107,14 @@ class PolicyFiles:
         """Reload whenever a file changes, until cancelled."""
         while True:
             await asyncio.sleep(_POLL_S)
-            seen = await asyncio.to_thread(self._fingerprint)
-            if seen == self._seen:
-                continue
-            self._seen = seen
             try:
+                seen = await asyncio.to_thread(self._fingerprint)
+                if seen == self._seen:
+                    continue
+                self._seen = seen
                 self._loaded = await asyncio.to_thread(load, *self._folders)
                 _log.info("policies_reloaded", policies=[p.label for p in self.current.policies])
-            except (PolicyError, CalibrationError, OSError, UnicodeDecodeError) as error:
+            except (PolicyError, CalibrationError, OSError) as error:
                 _log.error("policies_not_reloaded", problem=str(error))
 
     def _fingerprint(self) -> frozenset[tuple[str, int, int]]:

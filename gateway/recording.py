@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cache
+from typing import Any
 
 import orjson
 import structlog
@@ -155,6 +156,7 @@ def _decision(
             for a in answer.attempts
         ]
         detail["upstream_ms"] = answer.upstream_ms
+        detail["fault"] = answer.fault
     reading = answer.reading if answer else None
     body = outcome.body
     if decision.action is not Action.HOLD and not call.is_idempotent:
@@ -257,6 +259,11 @@ def blocking_reasons(record: DecisionRecord) -> list[JSON]:
     ]
 
 
+def was_answered(record: DecisionRecord) -> bool:
+    """Whether the provider gave a whole answer, or as much of one as it took to block it."""
+    return 200 <= record.status < 300 and record.detail.get("fault") in (None, "blocked")
+
+
 def new_id(prefix: str, now: datetime) -> str:
     """A fresh id: a prefix, 48 bits of milliseconds, 80 random bits (as UUIDv7, RFC 9562 section 5.7: later ids sort later)."""
     return f"{prefix}_{int(now.timestamp() * 1000):012x}{secrets.token_hex(10)}"
@@ -272,51 +279,55 @@ def _masking() -> tuple[Secrets, Pii]:
 
 
 def masked(body: bytes | None) -> bytes | None:
-    """A JSON body with every secret and personal datum in its keys, strings and whole numbers masked.
+    """A JSON body with every secret and personal datum in it masked: in strings, keys and numbers.
 
     None stays None, and becomes of a body that is not JSON, is nested too deeply, or has more to mask than can be told.
     """
+    if body is None:
+        return None
     try:
-        document = orjson.loads(body) if body is not None else None
+        document = [orjson.loads(body)]
+        if wire.is_too_deep(body, document):
+            return None
+        for _ in range(_MASK_ROUNDS):
+            new = _mask_once(document)
+            if new is None:
+                return orjson.dumps(document[0])
+            document = orjson.loads(new)
     except orjson.JSONDecodeError:
         return None
-    if body is None or wire.is_too_deep(body, document):
-        return None
-    originals = list(dict.fromkeys(_texts(document)))
-    texts = dict(enumerate(originals))
-    for _ in range(_MASK_ROUNDS):
-        passages = tuple(Passage(str(number), text) for number, text in texts.items())
-        exchange = Exchange("chat", {}, (Choice("", texts=passages),))
-        findings = [f for check in _masking() for f in check.run(exchange).findings]
-        if not findings:
-            return orjson.dumps(
-                _rewritten(document, dict(zip(originals, texts.values(), strict=True)))
-            )
-        masked_texts = edits.masked_texts(passages, findings)
-        texts |= {int(number): text for number, text in masked_texts.items()}
     return None
 
 
-def _texts(value: JSON) -> Iterator[str]:
-    match value:
-        case dict():
-            yield from value
-            for inner in value.values():
-                yield from _texts(inner)
-        case list():
-            for inner in value:
-                yield from _texts(inner)
-        case str() | int():
-            yield str(value)
+def _mask_once(document: list[JSON]) -> bytes | None:
+    """The document with some of what is to be masked in it masked; None if there is nothing."""
+    places = list(_strings(document))
+    strings = [Passage(str(number), holder[key]) for number, (holder, key) in enumerate(places)]
+    # A string may be JSON of its own, and what it is called may make a secret of it.
+    for passages in (strings, [Passage("all", orjson.dumps(document).decode())]):
+        exchange = Exchange("chat", {}, (Choice("", texts=tuple(passages)),))
+        findings = [f for check in _masking() for f in check.run(exchange).findings]
+        new = edits.masked_texts(passages, findings)
+        if "all" in new:
+            return new["all"].encode()
+        for number, text in new.items():
+            holder, key = places[int(number)]
+            holder[key] = text
+        if new:
+            return orjson.dumps(document)
+    return None
 
 
-def _rewritten(value: JSON, texts: Mapping[str, str]) -> JSON:
-    """The value with its texts replaced; a number that stays the same stays a number."""
-    match value:
-        case dict():
-            return {texts[key]: _rewritten(inner, texts) for key, inner in value.items()}
-        case list():
-            return [_rewritten(inner, texts) for inner in value]
-        case str() | int() if (new := texts[str(value)]) != str(value):
-            return new
-    return value
+def _strings(value: Any) -> Iterator[tuple[Any, str | int]]:
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    for key, item in inner:
+        if isinstance(item, str):
+            yield value, key
+        else:
+            yield from _strings(item)

@@ -113,15 +113,15 @@ class Window:
 
     def _look(self, lane: _Lane) -> None:
         """Decide on what can be decided, and mask or block accordingly."""
-        new: list[Mask] = []
         for check, found in lane.look():
-            if found and check.on_fail is OnFail.BLOCK:
+            if not found:
+                continue
+            if check.on_fail is OnFail.BLOCK:
                 raise _stopped(f"the check {check.id}: {found[0].message}")
             self._found[check.id] += len(found)
             if self._found[check.id] >= MAX_FINDINGS:
                 raise _stopped(f"the check {check.id}: more to mask than can be told")
-            new += masks_of(found)
-        lane.masks = united([*lane.masks, *new])
+            lane.mask(check, masks_of(found))
 
 
 def _stopped(by: str) -> ResponseBlocked:
@@ -131,7 +131,8 @@ def _stopped(by: str) -> ResponseBlocked:
 class _Lane:
     """One text that grows over a stream: an answer, a refusal, the arguments of one call. Offsets are from its start.
 
-    Whatever begins before `settled` is decided, so the text before it may go out, masked as `masks` say.
+    Whatever begins before `settled` is decided, so the text before it may go out, masked as `masks` say. Each check goes
+    its own pace: where one may begin to search anew, another may be in the middle of a match.
     """
 
     def __init__(self, target: Target, checks: tuple[Scan, ...]) -> None:
@@ -142,13 +143,14 @@ class _Lane:
         self.waiting: deque[_Waiting] = deque()
         self._target = target
         self._checks = checks
+        self._paces = [_Pace() for _ in checks]
+        self._found: dict[str, list[Mask]] = {check.id: [] for check in checks}
         self._text: list[str] = []
         masks = any(check.on_fail is OnFail.REDACT for check in checks)
         self._is_held = masks or target is Target.TOOL_ARGUMENTS
         self._may_be_json: bool | None = None
         self._tail = ""
         self._tail_start = 0
-        self._seen = 0
 
     def add(self, text: str) -> None:
         """Let the text go on."""
@@ -180,6 +182,11 @@ class _Lane:
             return self._follow()
         return self._search() if self.ended else ()
 
+    def mask(self, check: Scan, masks: Sequence[Mask]) -> None:
+        """Have these stretches replaced, because the check says so."""
+        self._found[check.id] += masks
+        self.masks = united(mask for found in self._found.values() for mask in found)
+
     def _search(self) -> list[tuple[Scan, Sequence[Finding]]]:
         """Look at the whole text, which has ended."""
         self.settled = self.length
@@ -195,21 +202,33 @@ class _Lane:
         """Look at the end of the text, and forget what no decision to come can depend on."""
         at = self._tail_start
         json = self._may_be_json is not False
-        text = Growing(self._tail, self._seen - at, ended=self.ended, may_be_json=json)
-        sightings = [_sighting(check, text) for check in self._checks]
-        decided = min(sighting.decided for sighting in sightings) + at
-        found = [_moved(s.findings, at, range(self.settled, decided)) for s in sightings]
-        if json and "\\" in self._tail and any(found):
+        text = Growing(self._tail, ended=self.ended, may_be_json=json)
+        found: list[tuple[Scan, Sequence[Finding]]] = []
+        for check, pace in zip(self._checks, self._paces, strict=True):
+            text.start = pace.start - at
+            sighting = _sighting(check, text)
+            decided = max(pace.decided, sighting.decided + at)
+            found.append((check, _moved(sighting.findings, at, range(pace.decided, decided))))
+            pace.decided, pace.start = decided, sighting.start + at
+        self.settled = min(pace.decided for pace in self._paces)
+        begins = [f.span[0] for _, each in found for f in each if f.span is not None]
+        if json and "\\" in self._tail and begins:
             self._is_held = True
-            self.settled = min(f.span[0] for each in found for f in each if f.span)
+            self.settled = min(self.settled, *begins)
             return self._search() if self.ended else []
-        self.settled = max(self.settled, decided)
-        self._seen = min(sighting.start for sighting in sightings) + at
-        self._tail_start += text.context(self._seen - at)
+        self._tail_start += text.context(min(pace.start for pace in self._paces) - at)
         self._tail = self._tail[self._tail_start - at :]
         if len(self._tail) > _LONGEST_TAIL:
-            raise _stopped("its own text, too much of which cannot be checked before its end")
-        return list(zip(self._checks, found, strict=True))
+            raise _stopped("its own text, which hides so much that it cannot be checked as a stream")
+        return found
+
+
+@dataclass(slots=True)
+class _Pace:
+    """How far a check is: what begins before `decided` is decided, and it searches on from `start`."""
+
+    decided: int = 0
+    start: int = 0
 
 
 def _sighting(check: Scan, text: Growing) -> Sighting:

@@ -79,15 +79,15 @@ def _in_words(
         for detail in details
         if detail["type"] in _MUST
     ]
-    others = [_sentence(detail, path, data, schema) for detail in details if detail["type"] not in _MUST]
+    others = [
+        _sentence(detail, path, data, schema) for detail in details if detail["type"] not in _MUST
+    ]
     if not wanted:
         return others
     return [f"must be {' or '.join(wanted)}, not {_shown(details[0]['input'])}", *others]
 
 
-def _sentence(
-    detail: ErrorDetails, path: Path, data: JSON, schema: Mapping[str, Any]
-) -> str:
+def _sentence(detail: ErrorDetails, path: Path, data: JSON, schema: Mapping[str, Any]) -> str:
     context: Mapping[str, Any] = detail.get("ctx", {})
     value = detail["input"]
     message = f"{_shown(value)} is not valid here"

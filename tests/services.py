@@ -36,7 +36,7 @@ def _program(name: str) -> str:
     if found is None:
         raise ServiceMissing(
             f"{name} is not installed and `make test` skips nothing: "
-            "run `make setup`, or install postgresql and redis-server"
+            "run `make services`, or install postgresql and redis-server"
         )
     return found
 
@@ -48,6 +48,8 @@ def _version(program: Path) -> int:
 
 class _Server:
     """A server process in the foreground, in a folder of its own."""
+
+    _quickest_end = signal.SIGKILL
 
     def __init__(self, kind: str, *, user: str | None = None) -> None:
         # Not pytest's tmp_path: the path of a unix socket is limited to 107 bytes, and `user` must get in.
@@ -89,7 +91,7 @@ class _Server:
     def remove(self) -> None:
         """Stop the server if it runs and delete its folder."""
         if self.is_running:
-            self.kill(signal.SIGQUIT)
+            self.kill(self._quickest_end)
         self._log.close()
         shutil.rmtree(self.folder)
 
@@ -125,6 +127,8 @@ def new_sqlite(path: Path) -> str:
 
 class Postgres(_Server):
     """A PostgreSQL cluster on a unix socket. `durable`: with fsync, for measurements."""
+
+    _quickest_end = signal.SIGQUIT
 
     def __init__(self, *, durable: bool = False) -> None:
         super().__init__("postgres", user="postgres")

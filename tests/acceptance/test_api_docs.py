@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.acceptance.acting import Reviewer, caller, scripted
-from tests.acceptance.conftest import ClientFor
-from tests.processes import Server
+from tests.acceptance.conftest import POLICIES, ClientFor
+from tests.conftest import GatewayFactory
 
 API = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 NODE = Path(__file__).parent / "node"
@@ -28,29 +28,31 @@ def _example(language: str) -> str:
 
 
 async def test_the_python_example_waits_for_the_review(
-    holdgate: Server, client_for: ClientFor
+    gateway: GatewayFactory, client_for: ClientFor
 ) -> None:
+    server = gateway({"hold": POLICIES["hold"]})
     names: dict[str, Any] = {}
     exec(compile(_example("python"), "docs/api.md", "exec"), names)
     messages = [{"role": "user", "content": scripted(text="An example in Python.")}]
     asking = asyncio.to_thread(
-        names["answered"], client_for("hold"), model="demo-large", messages=messages
+        names["answered"], client_for("hold", server), model="demo-large", messages=messages
     )
     answer = asyncio.create_task(asking)
-    async with caller(holdgate.url) as http:
+    async with caller(server.url) as http:
         await Reviewer(http).approve("An example in Python.")
     assert (await answer).choices[0].message.content == "An example in Python."
 
 
-async def test_the_node_example_waits_for_the_review(holdgate: Server) -> None:
+async def test_the_node_example_waits_for_the_review(gateway: GatewayFactory) -> None:
+    server = gateway({"hold": POLICIES["hold"]})
     node = await asyncio.create_subprocess_exec(
         *("node", "--input-type=module", "--eval", _example("js") + USE_IN_NODE),
-        *(f"{holdgate.url}/v1", scripted(text="An example in Node.")),
+        *(f"{server.url}/v1", scripted(text="An example in Node.")),
         cwd=NODE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    async with caller(holdgate.url) as http:
+    async with caller(server.url) as http:
         await Reviewer(http).approve("An example in Node.")
     said, errors = await node.communicate()
     assert (node.returncode, said) == (0, b"An example in Node.\n"), errors.decode()

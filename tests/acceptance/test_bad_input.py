@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -174,19 +175,19 @@ async def test_field_of_the_wrong_type_is_the_providers_to_judge(
     assert (await http.get(f"/decisions/{answer.headers['x-request-id']}")).status_code == 200
 
 
-@pytest.mark.parametrize("name", ["messages", "input", "prompt"])
 async def test_question_of_the_wrong_shape_does_not_upset_a_second_attempt(
-    gateway: GatewayFactory, name: str
+    gateway: GatewayFactory,
 ) -> None:
     """With feedback the gateway itself adds to the conversation, whatever shape it has."""
     text = f"policy: again\nhold: {{wait: 0s}}\nregenerate: {{attempts: 1}}\n{RETURN}stages: [{{name: rules, checks: [{{id: size, use: length, max_chars: 1, on_fail: regenerate}}]}}]\n"
     server = gateway({"again": text})
-    path = {"messages": "chat/completions", "input": "responses", "prompt": "completions"}[name]
+    questions: tuple[object, ...] = (5, {"a": 1}, [5, None], "plain", None, [], True)
+    names = {"messages": "chat/completions", "input": "responses", "prompt": "completions"}
     async with caller(server.url) as http:
-        for question in (5, {"a": 1}, [5, None], "plain", None, [], True):
+        for (name, path), question in product(names.items(), questions):
             body = orjson.dumps({"model": "demo-large", name: question})
             answer = await post(http, body, f"/v1/{path}")
-            assert answer.status_code in (200, 400, 423), answer.text
+            assert answer.status_code in (400, 423), answer.text
 
 
 async def test_of_duplicate_keys_the_last_counts_as_it_does_for_the_provider(
@@ -523,7 +524,6 @@ GOOD = "policy: p\nconfidence: {source: none, when_uncalibrated: return}\n"
     [
         ("policy: p\nconfidense: {}\n", {}, "policies/p.yaml:2:1"),
         ("policy: [\n", {}, "policies/p.yaml:"),
-        (GOOD + "risk: {raise: [{to: high, when: 'amout > 5'}]}\n", {}, "policies/p.yaml:3:34"),
         (
             GOOD + "stages: [{name: r, checks: [{id: s, use: json_schema, schema: no.json,"
             " on_fail: hold}]}]\n",
@@ -531,17 +531,14 @@ GOOD = "policy: p\nconfidence: {source: none, when_uncalibrated: return}\n"
             "no.json",
         ),
         (GOOD, {"lissten": {"port": 1}}, "holdgate.yaml:"),
-        (GOOD, {"workers": "many"}, "holdgate.yaml:"),
         (GOOD, {"store": {"url": "sqlite:////no/such/folder/x.db"}}, "/no/such/folder/x.db"),
         (GOOD, {"store": {"url": "postgresql://127.0.0.1:9/x"}}, "database"),
     ],
     ids=[
         "unknown-key",
         "not-yaml",
-        "unknown-name",
         "no-schema",
         "unknown-setting",
-        "not-a-number",
         "no-folder",
         "no-database",
     ],

@@ -100,6 +100,10 @@ def house(
     assert "Traceback" not in gateway.errors, gateway.errors[-4000:]
 
 
+#: What has nothing to do with the store is tried on one of them.
+SQLITE_ONLY = pytest.mark.parametrize("house", ["sqlite"], indirect=True)
+
+
 @dataclass(frozen=True)
 class Cast:
     """Everybody in a house, ready to act: `http` and `sdk` are the application, both with its key."""
@@ -193,6 +197,7 @@ async def test_held_stream_is_kept_alive_by_comments_and_then_is_a_stream_like_a
     assert parts[-1]["finish_reason"] == "stop"
 
 
+@SQLITE_ONLY
 async def test_official_client_streams_a_held_response_and_notices_nothing(cast: Cast) -> None:
     async def stream() -> list[str]:
         asked = await cast.sdk.chat.completions.create(
@@ -208,6 +213,7 @@ async def test_official_client_streams_a_held_response_and_notices_nothing(cast:
     assert "".join(await waiting) == "Seen by the SDK."
 
 
+@SQLITE_ONLY
 async def test_official_client_reads_an_approved_responses_stream(cast: Cast) -> None:
     async def stream() -> str:
         async with cast.sdk.responses.stream(
@@ -282,6 +288,7 @@ async def test_correction_that_breaks_the_schema_is_refused_with_findings_and_ch
 
 
 @pytest.mark.parametrize("correction", [None, {}, ""], ids=["none", "empty", "blank"])
+@SQLITE_ONLY
 async def test_correction_without_a_text_is_refused(cast: Cast, correction: object) -> None:
     waiting = asyncio.create_task(
         cast.ask("chat", "held", scripted(text=f"uncorrected {correction}"))
@@ -312,6 +319,7 @@ async def test_rejection_tells_the_client_why_and_not_to_ask_again(
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "responses"])
+@SQLITE_ONLY
 async def test_rejection_of_a_stream_is_an_error_the_official_client_raises(
     cast: Cast, endpoint: str
 ) -> None:
@@ -385,6 +393,7 @@ async def test_official_client_raises_once_and_fetches_the_response_later_by_its
     assert sum("fetched by id" in str(task) for task in await cast.ann.queue()) == 0
 
 
+@SQLITE_ONLY
 async def test_official_client_fetches_a_held_response_of_the_responses_api(cast: Cast) -> None:
     with pytest.raises(openai.APIStatusError) as raised:
         await cast.sdk.responses.create(
@@ -418,6 +427,7 @@ async def test_poll_of_what_is_decided_does_not_wait(cast: Cast) -> None:
     assert time.monotonic() - began_s < 0.4
 
 
+@SQLITE_ONLY
 async def test_poll_ends_with_423_when_its_own_wait_is_over(cast: Cast) -> None:
     held = await cast.ask("chat", "at_once", scripted(text="polled in vain"))
     url = held.json()["error"]["hold"]["url"]
@@ -477,6 +487,7 @@ async def test_hold_of_another_client_is_not_to_be_had(cast: Cast) -> None:
     ],
     ids=["async", "wait-0", "wait-1", "async-wins", "sdk-timeout", "the-least-wins"],
 )
+@SQLITE_ONLY
 async def test_client_waits_no_longer_than_it_says(
     cast: Cast, headers: dict[str, str], least_s: float, most_s: float
 ) -> None:
@@ -490,6 +501,7 @@ async def test_client_waits_no_longer_than_it_says(
         await cast.ann.submit(task["id"], "approve")
 
 
+@SQLITE_ONLY
 async def test_stream_with_a_short_wait_ends_with_an_error_that_names_the_hold(cast: Cast) -> None:
     answer = await cast.ask(
         "chat", "held", scripted(text="brief"), stream=True, headers={"prefer": "wait=1"}
@@ -503,6 +515,7 @@ async def test_stream_with_a_short_wait_ends_with_an_error_that_names_the_hold(c
     assert fetched.json()["choices"][0]["message"]["content"] == "brief"
 
 
+@SQLITE_ONLY
 async def test_stream_that_may_not_wait_is_an_ordinary_423(cast: Cast) -> None:
     answer = await cast.ask("chat", "at_once", scripted(text="no wait"), stream=True)
     assert answer.status_code == 423
@@ -512,6 +525,7 @@ async def test_stream_that_may_not_wait_is_an_ordinary_423(cast: Cast) -> None:
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@SQLITE_ONLY
 async def test_placeholder_stands_in_for_the_held_response(
     cast: Cast, endpoint: str, streamed: bool
 ) -> None:
@@ -529,6 +543,7 @@ async def test_placeholder_stands_in_for_the_held_response(
     assert text_of(endpoint, fetched.json()) == said
 
 
+@SQLITE_ONLY
 async def test_official_client_shows_the_placeholder(cast: Cast) -> None:
     shown = await cast.sdk.chat.completions.create(
         model="demo-large",
@@ -576,6 +591,7 @@ async def test_released_response_says_that_nobody_reviewed_it(cast: Cast, endpoi
     assert (shown["review"]["state"], shown["review"]["reviewer"]) == ("expired", None)
 
 
+@SQLITE_ONLY
 async def test_released_stream_says_that_nobody_reviewed_it(cast: Cast) -> None:
     answer = await cast.ask("chat", "released", scripted(text="unreviewed stream"), stream=True)
     chunks = [orjson.loads(event) for event in events_of(answer.text)[:-1]]
@@ -666,6 +682,7 @@ async def test_decision_on_no_such_task_is_not_found(cast: Cast) -> None:
     [{}, {"verdict": "maybe"}, {"verdict": "approve", "correction": "x"}, {"verdikt": "approve"}],
     ids=["empty", "unknown-verdict", "correction-of-approval", "unknown-key"],
 )
+@SQLITE_ONLY
 async def test_submission_that_makes_no_sense_is_refused_by_name(
     cast: Cast, body: dict[str, str]
 ) -> None:
@@ -677,9 +694,13 @@ async def test_submission_that_makes_no_sense_is_refused_by_name(
 # ------------------------------------------------------------------------------------- clients that go and come
 
 
-async def test_client_that_leaves_does_not_take_its_hold_with_it(cast: Cast) -> None:
-    waiting = asyncio.create_task(cast.ask("chat", "held", scripted(text="left behind")))
-    task = await cast.ann.task("left behind")
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+async def test_client_that_leaves_does_not_take_its_hold_with_it(
+    cast: Cast, streamed: bool
+) -> None:
+    marker = f"left behind {streamed}"
+    waiting = asyncio.create_task(cast.ask("chat", "held", scripted(text=marker), stream=streamed))
+    task = await cast.ann.task(marker)
 
     async def waiting_clients(count: int) -> bool:
         return bool((await cast.http.get("/readyz")).json()["waiting"] == count)
@@ -690,7 +711,7 @@ async def test_client_that_leaves_does_not_take_its_hold_with_it(cast: Cast) -> 
     await until(lambda: waiting_clients(0))
     assert (await cast.ann.submit(task["id"], "approve")).status_code == 200
     fetched = await cast.http.get(f"/v1/chat/completions/{task['decision_id']}")
-    assert fetched.json()["choices"][0]["message"]["content"] == "left behind"
+    assert text_of("chat", fetched.json()) == marker
 
 
 async def test_retry_waits_for_the_hold_of_the_first_try_and_both_are_answered(cast: Cast) -> None:
@@ -712,6 +733,7 @@ async def test_retry_waits_for_the_hold_of_the_first_try_and_both_are_answered(c
     assert {a.headers["x-holdgate-decision"] for a in answers} == {task["decision_id"]}
 
 
+@SQLITE_ONLY
 async def test_official_client_hears_of_the_hold_before_its_own_timeout_strikes(
     house: House, cast: Cast
 ) -> None:

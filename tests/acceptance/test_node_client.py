@@ -6,14 +6,20 @@ import re
 import subprocess
 from pathlib import Path
 
+from gateway.settings import PACKAGED_CONFIG
+from tests.acceptance.conftest import POLICIES
+from tests.conftest import GatewayFactory
 from tests.processes import Server
 
 SCRIPT = Path(__file__).parent / "node" / "client.test.js"
 
 
-def test_the_official_node_client_works_unchanged(holdgate: Server, upstream: Server) -> None:
+def test_the_official_node_client_works_unchanged(
+    gateway: GatewayFactory, upstream: Server
+) -> None:
+    server = gateway(POLICIES, calibrators=str(PACKAGED_CONFIG / "calibrators"))
     run = subprocess.run(
-        ["node", "--test-reporter=tap", SCRIPT, holdgate.url, upstream.url],
+        ["node", "--test-reporter=tap", SCRIPT, server.url, upstream.url],
         capture_output=True,
         text=True,
         timeout=55,

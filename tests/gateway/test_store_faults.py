@@ -282,7 +282,7 @@ async def test_call_after_a_restart_of_the_server_works_at_once(postgres: Postgr
 async def test_server_that_hangs_is_a_store_error_in_time(
     postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "PATIENCE_S", 0.5)
+    monkeypatch.setattr("gateway.store.postgres.PATIENCE_S", 0.5)
     store = await open_store(await asyncio.to_thread(postgres.new_database))
     await store.record(a_decision())
     hung = psutil.Process(postgres.pid)
