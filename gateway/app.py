@@ -31,6 +31,8 @@ from gateway.auth import Authenticator
 from gateway.bus import open_bus
 from gateway.delivery import Delivery
 from gateway.errors import GatewayError, InvalidRequest, NotFound, PayloadTooLarge
+from gateway.judging import Assessor
+from gateway.live import LiveStreams
 from gateway.pipeline import Pipeline
 from gateway.policy_files import PolicyFiles
 from gateway.ports import Clock
@@ -109,16 +111,12 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
         router = Router(settings)
         stack.push_async_callback(router.close)
         room = WaitingRoom(store, bus, clock, metrics)
-        pipeline = Pipeline(
-            store,
-            Asker(router, clock, response_bytes=settings.limits.response_bytes),
-            Recorder(store, bus, clock, metrics),
-            clock,
-            policies=policies,
-            audit_secret=_audit_secret(settings),
-            response_bytes=settings.limits.response_bytes,
-        )
-        stack.push_async_callback(pipeline.drain)
+        recorder = Recorder(store, bus, clock, metrics)
+        assessor = Assessor(policies, clock, audit_secret=_audit_secret(settings))
+        response_bytes = settings.limits.response_bytes
+        asker = Asker(router, clock, response_bytes=response_bytes)
+        live = LiveStreams(assessor, recorder, clock, response_bytes=response_bytes)
+        stack.push_async_callback(live.drain)
         hold = settings.hold
         services = Services(
             settings=settings,
@@ -131,7 +129,7 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
             authenticator=Authenticator(
                 store, required=_asks_for_keys(settings), monotonic_s=clock.monotonic_s
             ),
-            pipeline=pipeline,
+            pipeline=Pipeline(store, asker, assessor, recorder, live, clock),
             delivery=Delivery(
                 store, room, keepalive_s=hold.keepalive_s, max_waiting=hold.max_waiting
             ),

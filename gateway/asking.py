@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 
 import orjson
 
-from gateway import wire
+from gateway import edits, wire
 from gateway.calls import Call, Headers
 from gateway.errors import UpstreamError
 from gateway.ports import Attempt, Clock, Models, UpstreamCall, UpstreamResponse
 from gateway.streaming import Collected, collect
-from policies import Evidence, Policy, StreamMode
+from policies import Action, Decision, Evidence, Policy, StreamMode
 from validators import Outcome
 
 
@@ -56,6 +56,13 @@ class Answer:
         if self.question.injected and self.reading is not None:
             return wire.without_logprobs(self.body, self.reading)
         return self.body
+
+    def delivered_body(self, decision: Decision) -> bytes:
+        """The client's body with what the decision redacts masked."""
+        if not decision.redactions or self.reading is None or decision.action is Action.BLOCK:
+            return self.client_body()
+        texts = edits.redacted_texts(self.reading, decision.redactions)
+        return edits.with_texts(self.body, texts, self.reading)
 
 
 class Asker:

@@ -7,83 +7,42 @@ it durable, and only then say anything. Whatever touches the network or the disk
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-from collections.abc import AsyncIterator, Awaitable
 from datetime import datetime, timedelta
 
-from gateway import edits, sse, streaming, wire
-from gateway.asking import Answer, Asker, read_collected, with_feedback
-from gateway.calls import Call, Headers, Held, Reply, relayed
+from gateway import sse, wire
+from gateway.asking import Answer, Asker, with_feedback
+from gateway.calls import Call, Held, Reply, relayed
 from gateway.delivery import decision_headers
-from gateway.errors import (
-    GatewayError,
-    InvalidRequest,
-    ResponseBlocked,
-    StoreError,
-    UpstreamError,
-)
-from gateway.ports import Clock, LivePolicies, Store
-from gateway.recording import (
-    Judgement,
-    Outcome,
-    Recorder,
-    blocking_reasons,
-    stopped,
-    unchecked,
-    was_answered,
-)
+from gateway.errors import GatewayError, InvalidRequest, UpstreamError
+from gateway.judging import Assessor, Judgement
+from gateway.live import LiveStreams
+from gateway.ports import Clock, Store
+from gateway.recording import Outcome, Recorder, blocked, was_answered
 from gateway.records import DecisionRecord, TaskState
-from gateway.window import Window
-from policies import (
-    Action,
-    Decision,
-    Evidence,
-    Match,
-    Mode,
-    Policy,
-    Reason,
-    RunStage,
-    StreamMode,
-    Variables,
-    assess,
-    decide,
-    effective_stream,
-    next_step,
-    run_stage,
-    start,
-)
-from validators import Exchange
+from policies import Action, Match, Mode, Policy, StreamMode, effective_stream
 
 _ATTACH_WINDOW = timedelta(hours=24)
 
 
 class Pipeline:
-    """Answers calls to the checked endpoints.
-
-    `audit_secret` keys the draw that samples returned responses for audit, so that a sample can be reproduced and not foreseen.
-    """
+    """Answers calls to the checked endpoints."""
 
     def __init__(
         self,
         store: Store,
         asker: Asker,
+        assessor: Assessor,
         recorder: Recorder,
+        live: LiveStreams,
         clock: Clock,
-        *,
-        policies: LivePolicies,
-        audit_secret: bytes,
-        response_bytes: int,
     ) -> None:
         self._store = store
         self._asker = asker
+        self._assessor = assessor
         self._recorder = recorder
+        self._live = live
         self._clock = clock
-        self._policies = policies
-        self._audit_secret = audit_secret
-        self._response_bytes = response_bytes
         self._under_way: dict[str, asyncio.Future[None]] = {}
-        self._finishing: set[asyncio.Future[GatewayError | None]] = set()
 
     async def answer(self, call: Call, match: Match) -> Reply | Held:
         """Decide on the response to this call and say what its client gets; the record is durable by then.
@@ -106,10 +65,6 @@ class Pipeline:
             if self._under_way.get(call.fingerprint) is ended:
                 del self._under_way[call.fingerprint]
             ended.set_result(None)
-
-    async def drain(self) -> None:
-        """Wait until the decisions of streams whose clients left are durable."""
-        await asyncio.gather(*self._finishing, return_exceptions=True)
 
     async def _earlier(self, call: Call, policy: Policy, came_at: datetime) -> Reply | Held | None:
         """What a repeated call is answered with: the decision taken on the same call, if there is one.
@@ -137,7 +92,7 @@ class Pipeline:
         if not repeated or record.action is Action.HOLD or not was_answered(record):
             return None
         if record.action is Action.BLOCK:
-            raise _blocked(record)
+            raise blocked(record)
         if record.response is None:
             return None
         return _reply(call, record, None, record.response)
@@ -156,53 +111,23 @@ class Pipeline:
                 await self._record_failure(call, match, None, Action.BLOCK, error.message)
                 raise
             if answer.live is not None:
-                return Reply(
-                    200,
-                    self._live_headers(call, policy, answer),
-                    self._live(call, match, answer, mode),
-                )
+                return self._live.reply(call, match, answer, mode)
             if not answer.is_usable:
                 return await self._fail(call, match, answer)
-            judgement = self._judge(call, policy, answer, attempts_left)
+            judgement = self._assessor.judge(call, policy, answer, attempts_left)
             if not judgement.decision.regenerate:
                 return await self._settle(call, match, answer, judgement)
             attempts_left -= 1
             question = with_feedback(call, question, answer, judgement.evidence)
 
-    def _judge(self, call: Call, policy: Policy, answer: Answer, attempts_left: int) -> Judgement:
-        """Run the cascade over an answer and decide."""
-        reading = answer.reading
-        exchange = Exchange(
-            endpoint=call.endpoint,
-            request=call.request,
-            choices=reading.choices if reading else (),
-            model=(reading.model if reading else "") or call.facts.model,
-            task=call.facts.task,
-            context=call.facts.context,
-        )
-        calibrator = self._policies.calibrators.get(policy.confidence.calibrator or "")
-        evidence = start(policy, exchange)
-        while isinstance(step := next_step(policy, evidence, exchange, calibrator), RunStage):
-            results = run_stage(step.stage, exchange, self._monotonic_ms)
-            evidence = step.evidence.after(step.stage.name, results)
-        decision = decide(
-            policy,
-            step.evidence,
-            risk=step.risk,
-            estimate=step.estimate,
-            draw=self._draw(call.id),
-            attempts_left=attempts_left,
-        )
-        return Judgement(decision, step.evidence)
-
     async def _settle(
         self, call: Call, match: Match, answer: Answer, judgement: Judgement
     ) -> Reply | Held:
         """Make the decision durable, then give the client what it says."""
-        body = _delivered_body(answer, judgement.decision)
+        body = answer.delivered_body(judgement.decision)
         record, task = await self._recorder.record(Outcome(call, match, judgement, answer, body))
         if record.action is Action.BLOCK:
-            raise _blocked(record)
+            raise blocked(record)
         if record.action is Action.HOLD and task is not None:
             return self._held(call, match.policy, record, task.id)
         stream = answer.collected
@@ -242,117 +167,10 @@ class Pipeline:
     async def _record_failure(
         self, call: Call, match: Match, answer: Answer | None, action: Action, note: str
     ) -> DecisionRecord:
-        exchange = Exchange(
-            call.endpoint, call.request, (), call.facts.model, call.facts.task, call.facts.context
-        )
-        risk = assess(match.policy, Variables(exchange))
-        decision = unchecked(action, risk, Reason("upstream", note, action))
+        judgement = self._assessor.unanswered(call, match.policy, action, note)
         body = answer.body if answer is not None else None
-        outcome = Outcome(call, match, Judgement(decision, Evidence()), answer, body)
-        record, _ = await self._recorder.record(outcome)
+        record, _ = await self._recorder.record(Outcome(call, match, judgement, answer, body))
         return record
-
-    async def _live(
-        self, call: Call, match: Match, answer: Answer, mode: StreamMode
-    ) -> AsyncIterator[bytes]:
-        """The stream as it comes, decided on and recorded before its end is let through."""
-        assert answer.live is not None
-        collected = streaming.Collected(sse.Assembler(call.endpoint))
-        window = Window(match.policy) if mode is StreamMode.WINDOW else None
-
-        ending: asyncio.Future[GatewayError | None] | None = None
-
-        def conclude(collected: streaming.Collected) -> Awaitable[GatewayError | None]:
-            nonlocal ending
-            if ending is None:
-                ending = asyncio.ensure_future(self._conclude(call, match, answer, collected))
-                self._finishing.add(ending)
-                ending.add_done_callback(self._finishing.discard)
-            return asyncio.shield(ending)
-
-        events = streaming.Relay(
-            answer.live,
-            collected,
-            strip=answer.question.injected,
-            window=window,
-            limit_bytes=self._response_bytes,
-            lenient=match.policy.mode is Mode.OBSERVE,
-            conclude=conclude,
-        ).events()
-        try:
-            async for part in events:
-                yield part
-        except (GeneratorExit, asyncio.CancelledError):
-            if ending is None:
-                collected.fault, collected.message = "truncated", "the client went away"
-                conclude(collected)
-            raise
-        finally:
-            await events.aclose()
-
-    async def _conclude(
-        self, call: Call, match: Match, answer: Answer, collected: streaming.Collected
-    ) -> GatewayError | None:
-        """Decide on a stream that has been let through; what to tell its client in place of a good end, if anything."""
-        answer.upstream_ms = 1000 * (self._clock.monotonic_s() - call.received_s)
-        collected.check()
-        read_collected(answer, collected)
-        try:
-            reading = answer.reading
-            if reading is None or reading.is_failure or (answer.fault and not reading.choices):
-                await self._record_failure(call, match, answer, Action.RETURN, answer.message)
-                return _failure(answer, match.policy)
-            judgement = self._judge(call, match.policy, answer, attempts_left=0)
-            if answer.fault == "blocked":
-                judgement = stopped(judgement, answer.message)
-            body = _delivered_body(answer, judgement.decision)
-            note = answer.message or None
-            record, _ = await self._recorder.record(
-                Outcome(call, match, judgement, answer, body, note)
-            )
-        except StoreError as error:
-            return error
-        if record.action in (Action.BLOCK, Action.HOLD):
-            return _blocked(record)
-        return _failure(answer, match.policy)
-
-    def _live_headers(self, call: Call, policy: Policy, answer: Answer) -> Headers:
-        ours = [
-            ("x-request-id", call.request_id),
-            ("x-holdgate-decision", call.id),
-            ("x-holdgate-policy", policy.label),
-        ]
-        return [*relayed(answer.headers), *ours]
-
-    def _draw(self, decision_id: str) -> float:
-        """A number in [0, 1) that the decision's id and the secret determine."""
-        mac = hmac.digest(self._audit_secret, decision_id.encode(), hashlib.sha256)
-        return int.from_bytes(mac[:7], "big") / 2**56
-
-    def _monotonic_ms(self) -> float:
-        return 1000 * self._clock.monotonic_s()
-
-
-def _delivered_body(answer: Answer, decision: Decision) -> bytes:
-    if not decision.redactions or answer.reading is None or decision.action is Action.BLOCK:
-        return answer.client_body()
-    texts = edits.redacted_texts(answer.reading, decision.redactions)
-    return edits.with_texts(answer.body, texts, answer.reading)
-
-
-def _failure(answer: Answer, policy: Policy) -> UpstreamError | None:
-    """What the client of a stream that went wrong is told, unless the stream itself has told it or nothing is enforced."""
-    if answer.fault in (None, "error", "blocked") or policy.mode is Mode.OBSERVE:
-        return None
-    return UpstreamError(answer.message, code=f"upstream_{answer.fault}")
-
-
-def _blocked(record: DecisionRecord) -> ResponseBlocked:
-    return ResponseBlocked(
-        "The response was blocked by policy; asking again gives the same policy.",
-        extra={"decision": record.id, "policy": record.policy, "reasons": blocking_reasons(record)},
-        headers=dict(decision_headers(record)),
-    )
 
 
 def _reply(

@@ -16,19 +16,17 @@ import structlog
 from gateway import edits, wire
 from gateway.asking import Answer
 from gateway.calls import Call, relayed
+from gateway.delivery import decision_headers
+from gateway.errors import ResponseBlocked
+from gateway.judging import Judgement
 from gateway.ports import Bus, Clock, Event, Store
 from gateway.records import DecisionRecord, NewTask, TaskKind
 from gateway.reviews import OPENED
 from gateway.telemetry import Metrics
 from policies import (
     Action,
-    Decision,
-    Evidence,
     Match,
-    Reason,
-    RiskAssessment,
     RiskTier,
-    Zone,
     to_json,
 )
 from validators import JSON, Choice, Exchange, Passage, Pii, Secrets
@@ -37,14 +35,6 @@ _log = structlog.get_logger()
 
 #: How long content is kept for a review task of a policy that keeps none, beyond the hold's deadline.
 _REVIEW_TIME = timedelta(hours=24)
-
-
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """The decision on one answer, and the evidence for it."""
-
-    decision: Decision
-    evidence: Evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,39 +203,13 @@ def _without_logprobs(answer: Answer | None, body: bytes | None) -> bytes | None
     return wire.without_logprobs(body, answer.reading)
 
 
-def unchecked(action: Action, risk: RiskAssessment, reason: Reason) -> Decision:
-    """The decision on a call that gave no response to check."""
-    return Decision(
-        action=action,
-        intended=action,
-        zone=Zone.AUTO if action is Action.RETURN else Zone.ESCALATE,
-        risk=risk.tier,
-        band=None,
-        score=None,
-        confidence=None,
-        confidence_source="none",
-        calibrator=None,
-        audit=False,
-        inclusion=0.0,
-        regenerate=False,
-        redactions=(),
-        reasons=(*risk.reasons, reason),
+def blocked(record: DecisionRecord) -> ResponseBlocked:
+    """What the client of a blocked response is told."""
+    return ResponseBlocked(
+        "The response was blocked by policy; asking again gives the same policy.",
+        extra={"decision": record.id, "policy": record.policy, "reasons": blocking_reasons(record)},
+        headers=dict(decision_headers(record)),
     )
-
-
-def stopped(judgement: Judgement, why: str) -> Judgement:
-    """The judgement on a stream that a check has stopped: a block, whatever the part that came would have led to."""
-    decision = judgement.decision
-    blocked = replace(
-        decision,
-        action=Action.BLOCK,
-        intended=Action.BLOCK,
-        zone=Zone.ESCALATE,
-        audit=False,
-        inclusion=0.0,
-        reasons=(*decision.reasons, Reason("stream", why, Action.BLOCK)),
-    )
-    return replace(judgement, decision=blocked)
 
 
 def blocking_reasons(record: DecisionRecord) -> list[JSON]:

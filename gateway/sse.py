@@ -195,7 +195,9 @@ class Assembler:
             if name != "choices" and (value is not None or name not in self._top):
                 self._top[name] = value
         for delta in chunk.get("choices") or ():
-            index = int(delta.get("index") or 0)
+            index = delta.get("index") or 0
+            if not isinstance(index, int):
+                raise TypeError("an index must be a whole number")
             if index not in self._choices and len(self._choices) >= _MAX_INDEX:
                 raise ValueError("too many choices")
             choice = self._choices.setdefault(index, {"index": index})
@@ -298,7 +300,10 @@ def _joined(value: Any, name: str = "") -> Any:
         case dict():
             return {key: _joined(inner, key) for key, inner in value.items()}
         case list() if name == "tool_calls":
-            return [_joined({k: v for k, v in call.items() if k != "index"}) for call in value]
+            calls = [_joined(call) for call in value]
+            return [
+                {k: v for k, v in c.items() if k != "index"} for c in calls if isinstance(c, dict)
+            ]
         case list():
             return [_joined(item) for item in value]
     return value
@@ -436,10 +441,11 @@ def _item_events(
     emit: Callable[..., bytes], position: int, item: dict[str, Any]
 ) -> Iterator[bytes]:
     where = {"item_id": item.get("id") or "", "output_index": position}
+    told = {"name": item["name"]} if "name" in item else {}
     for kind, key in (("function_call", "arguments"), ("custom_tool_call", "input")):
         if item.get("type") == kind and item.get(key):
             yield emit(f"response.{kind}_{key}.delta", **where, delta=item[key])
-            yield emit(f"response.{kind}_{key}.done", **where, **{key: item[key]})
+            yield emit(f"response.{kind}_{key}.done", **where, **told, **{key: item[key]})
     parts = item.get("content") if item.get("type") == "message" else None
     for number, part in enumerate(parts if isinstance(parts, list) else ()):
         place = {**where, "content_index": number}

@@ -219,7 +219,9 @@ class _Lane:
         self._tail_start += text.context(min(pace.start for pace in self._paces) - at)
         self._tail = self._tail[self._tail_start - at :]
         if len(self._tail) > _LONGEST_TAIL:
-            raise _stopped("its own text, which hides so much that it cannot be checked as a stream")
+            raise _stopped(
+                "its own text, which hides so much that it cannot be checked as a stream"
+            )
         return found
 
 
@@ -312,7 +314,7 @@ class _Waiting:
 def _texts(chunk: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], str]]:
     """Every text in a chunk: the lane it belongs to, and where it stands."""
     for choice in chunk.get("choices") or ():
-        index = int(choice.get("index") or 0)
+        index = choice.get("index") or 0
         said = choice.get("delta") or choice.get("message") or {}
         content = said.get("content")
         parts = content if isinstance(content, list) else ()

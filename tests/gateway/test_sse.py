@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -36,8 +37,7 @@ def streams(draw: st.DrawFn) -> bytes:
 
 
 def cut(stream: bytes, places: Iterable[int]) -> list[bytes]:
-    edges = [0, *sorted(places), len(stream)]
-    return [stream[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [stream[a:b] for a, b in itertools.pairwise([0, *sorted(places), len(stream)])]
 
 
 def split(chunks: Iterable[bytes]) -> list[sse.Event]:
@@ -48,7 +48,8 @@ def split(chunks: Iterable[bytes]) -> list[sse.Event]:
 def reference(stream: bytes) -> list[bytes]:
     """The data of the events of a stream, by the standard's own algorithm (WHATWG HTML, section 9.2.6)."""
     stream = stream.removeprefix(b"\xef\xbb\xbf")
-    dispatched, data = [], []
+    dispatched: list[bytes] = []
+    data: list[bytes] = []
     for line in stream.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")[:-1]:
         name, _, value = line.partition(b":")
         if not line:
@@ -119,6 +120,12 @@ def test_an_event_without_end_takes_time_in_proportion() -> None:
 
 # ------------------------------------------------------------------------------------------- putting together
 
+OFFICIAL: dict[str, Any] = {
+    CHAT: ChatCompletionChunk,
+    COMPLETIONS: Completion,
+    RESPONSES: ResponseStreamEvent,
+}
+
 
 def assembled(endpoint: str, events: Iterable[bytes]) -> sse.Assembler:
     assembler = sse.Assembler(endpoint)
@@ -169,8 +176,7 @@ def test_a_body_taken_apart_is_a_stream_to_the_official_client(
     endpoint: str, data: st.DataObject
 ) -> None:
     body = orjson.dumps(data.draw(bodies(endpoint, official=True)))
-    types = {CHAT: ChatCompletionChunk, COMPLETIONS: Completion, RESPONSES: ResponseStreamEvent}
-    adapter: TypeAdapter[Any] = TypeAdapter(types[endpoint])
+    adapter: TypeAdapter[Any] = TypeAdapter(OFFICIAL[endpoint])
     decoder = openai._streaming.SSEDecoder()
     stream = sse.stream_of(endpoint, body, include_usage=True)
     events = [event.data for event in decoder.iter_bytes(iter([b"".join(stream)]))]
@@ -450,11 +456,12 @@ def test_an_event_of_responses_loses_logprobs_wherever_they_are() -> None:
     tokens = [{"token": "x", "logprob": -0.5}]
     part = {"type": "output_text", "text": "x", "logprobs": tokens}
     item = {"type": "message", "content": [part]}
-    for event in (
+    events: list[dict[str, Any]] = [
         {"type": "response.output_text.delta", "delta": "x", "logprobs": tokens},
         {"type": "response.output_item.done", "item": item},
         {"type": "response.completed", "response": {"output": [item]}},
-    ):
+    ]
+    for event in events:
         raw = b"event: %s\nid: 7\ndata: %s\n\n" % (event["type"].encode(), orjson.dumps(event))
         left = sse.event_without_logprobs(RESPONSES, sse.event(raw))
         assert left.startswith(raw[: raw.index(b"data:")])

@@ -249,12 +249,13 @@ def test_a_redacted_stream_says_what_the_redacted_whole_says(
 
 
 def first_matches(rules: Policy, whole: dict[Lane, str]) -> dict[Lane, int]:
-    """Where in each lane that matches anywhere the first match begins."""
+    """Where in each lane that matches anywhere the first match begins; what is masked of JSON may begin before."""
     begins: dict[Lane, int] = {}
     for lane, text in whole.items():
-        starts = [f.span[0] for _, f in found(rules, {lane: text}) if f.span is not None]
-        if starts:
-            begins[lane] = min(starts)
+        if found(rules, {lane: text}):
+            seen = Growing(text, ended=True, may_be_json=True)
+            sightings = [c.follow(seen, "") for c in rules.checks if isinstance(c, Scan)]
+            begins[lane] = min(f.span[0] for s in sightings for f in s.findings if f.span)
     return begins
 
 

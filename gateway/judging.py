@@ -1,0 +1,119 @@
+"""Judging an answer: the cascade, the risk and the confidence at work on one call."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass, replace
+
+from gateway.asking import Answer
+from gateway.calls import Call
+from gateway.ports import Clock, LivePolicies
+from policies import (
+    Action,
+    Decision,
+    Evidence,
+    Policy,
+    Reason,
+    RunStage,
+    Variables,
+    Zone,
+    assess,
+    decide,
+    next_step,
+    run_stage,
+    start,
+)
+from validators import Choice, Exchange
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The decision on one answer, and the evidence for it."""
+
+    decision: Decision
+    evidence: Evidence
+
+
+class Assessor:
+    """Gives every answer its decision.
+
+    `audit_secret` keys the draw that samples returned responses for audit, so that a sample can be reproduced and not
+    foreseen.
+    """
+
+    def __init__(self, policies: LivePolicies, clock: Clock, *, audit_secret: bytes) -> None:
+        self._policies = policies
+        self._clock = clock
+        self._audit_secret = audit_secret
+
+    def judge(self, call: Call, policy: Policy, answer: Answer, attempts_left: int) -> Judgement:
+        """Run the cascade over an answer and decide."""
+        exchange = _exchange(call, answer)
+        calibrator = self._policies.calibrators.get(policy.confidence.calibrator or "")
+        evidence = start(policy, exchange)
+        while isinstance(step := next_step(policy, evidence, exchange, calibrator), RunStage):
+            results = run_stage(step.stage, exchange, self._monotonic_ms)
+            evidence = step.evidence.after(step.stage.name, results)
+        decision = decide(
+            policy,
+            step.evidence,
+            risk=step.risk,
+            estimate=step.estimate,
+            draw=self._draw(call.id),
+            attempts_left=attempts_left,
+        )
+        return Judgement(decision, step.evidence)
+
+    def unanswered(self, call: Call, policy: Policy, action: Action, note: str) -> Judgement:
+        """The judgement on a call that gave no response to check."""
+        risk = assess(policy, Variables(_exchange(call, None)))
+        decision = Decision(
+            action=action,
+            intended=action,
+            zone=Zone.AUTO if action is Action.RETURN else Zone.ESCALATE,
+            risk=risk.tier,
+            band=None,
+            score=None,
+            confidence=None,
+            confidence_source="none",
+            calibrator=None,
+            audit=False,
+            inclusion=0.0,
+            regenerate=False,
+            redactions=(),
+            reasons=(*risk.reasons, Reason("upstream", note, action)),
+        )
+        return Judgement(decision, Evidence())
+
+    def _draw(self, decision_id: str) -> float:
+        """A number in [0, 1) that the decision's id and the secret determine."""
+        mac = hmac.digest(self._audit_secret, decision_id.encode(), hashlib.sha256)
+        return int.from_bytes(mac[:7], "big") / 2**56
+
+    def _monotonic_ms(self) -> float:
+        return 1000 * self._clock.monotonic_s()
+
+
+def _exchange(call: Call, answer: Answer | None) -> Exchange:
+    reading = answer.reading if answer else None
+    choices: tuple[Choice, ...] = reading.choices if reading else ()
+    model = (reading.model if reading else "") or call.facts.model
+    return Exchange(
+        call.endpoint, call.request, choices, model, call.facts.task, call.facts.context
+    )
+
+
+def stopped(judgement: Judgement, why: str) -> Judgement:
+    """The judgement on a stream that a check has stopped: a block, whatever the part that came would have led to."""
+    decision = judgement.decision
+    blocked = replace(
+        decision,
+        action=Action.BLOCK,
+        intended=Action.BLOCK,
+        zone=Zone.ESCALATE,
+        audit=False,
+        inclusion=0.0,
+        reasons=(*decision.reasons, Reason("stream", why, Action.BLOCK)),
+    )
+    return replace(judgement, decision=blocked)
