@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,16 @@ import psutil
 
 from benchmarks import answers
 
-UPSTREAM, PORT = 9321, 9322
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+UPSTREAM, PORT = free_port(), free_port()
 Figures = dict[str, float]
 
 
@@ -129,6 +139,8 @@ def process(*argv: str, cores: list[int], ready: str) -> Iterator[psutil.Process
         while time.monotonic() < deadline_s:
             with suppress(OSError), urllib.request.urlopen(ready, timeout=5):
                 break
+            if child.poll() is not None:
+                raise RuntimeError(f"{argv[0]} did not start")
             time.sleep(0.05)
         yield tree
     finally:

@@ -24,12 +24,18 @@ unknown = st.dictionaries(
     ),
     max_size=2,
 )
-tops = st.fixed_dictionaries({"token": texts, "logprob": st.floats(-30, 0), "bytes": st.none()})
+tops = st.fixed_dictionaries(
+    {
+        "token": texts,
+        "logprob": st.floats(-30, 0),
+        "bytes": st.lists(st.integers(0, 255), max_size=2),
+    }
+)
 token = st.fixed_dictionaries(
     {
         "token": texts,
         "logprob": st.floats(-30, 0),
-        "bytes": st.none() | st.lists(st.integers(0, 255), max_size=2),
+        "bytes": st.lists(st.integers(0, 255), max_size=2),
         "top_logprobs": st.lists(tops, max_size=2),
     }
 )
@@ -144,7 +150,7 @@ def _response(official: bool) -> st.SearchStrategy[Body]:
             "type": st.just("output_text"),
             "text": texts,
             "annotations": st.just([]),
-            "logprobs": st.lists(token.map(lambda each: {**each, "bytes": []}), max_size=2),
+            "logprobs": st.lists(token, max_size=2),
         }
     ) | st.fixed_dictionaries({"type": st.just("refusal"), "refusal": texts})
     common = {"id": st.just("item_1"), "status": st.just("completed")}

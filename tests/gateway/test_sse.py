@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import openai
 import orjson
@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
 from openai.types.responses import ResponseStreamEvent
-from pydantic import TypeAdapter
 
 from gateway import sse, wire
 from gateway.errors import UpstreamError
@@ -120,10 +119,10 @@ def test_an_event_without_end_takes_time_in_proportion() -> None:
 
 # ------------------------------------------------------------------------------------------- putting together
 
-OFFICIAL: dict[str, Any] = {
-    CHAT: ChatCompletionChunk,
-    COMPLETIONS: Completion,
-    RESPONSES: ResponseStreamEvent,
+#: The official client's classes of the events of Responses, by their type.
+EVENTS = {
+    get_args(each.model_fields["type"].annotation)[0]: each
+    for each in get_args(get_args(ResponseStreamEvent)[0])
 }
 
 
@@ -176,18 +175,18 @@ def test_a_body_taken_apart_is_a_stream_to_the_official_client(
     endpoint: str, data: st.DataObject
 ) -> None:
     body = orjson.dumps(data.draw(bodies(endpoint, official=True)))
-    adapter: TypeAdapter[Any] = TypeAdapter(OFFICIAL[endpoint])
     decoder = openai._streaming.SSEDecoder()
     stream = sse.stream_of(endpoint, body, include_usage=True)
     events = [event.data for event in decoder.iter_bytes(iter([b"".join(stream)]))]
-    if endpoint != RESPONSES:
-        assert events.pop() == "[DONE]"
-    parsed = [adapter.validate_json(event) for event in events]
     if endpoint == RESPONSES:
-        assert [event.sequence_number for event in parsed] == list(range(len(parsed)))
-        assert (parsed[0].type, parsed[-1].type[:9]) == ("response.created", "response.")
+        told = [EVENTS[orjson.loads(event)["type"]].model_validate_json(event) for event in events]
+        assert [event.sequence_number for event in told] == list(range(len(told)))
+        assert told[0].type == "response.created"
+        assert told[-1].type in ("response.completed", "response.incomplete")
     else:
-        assert parsed[-1].choices == []
+        assert events.pop() == "[DONE]"
+        chunk = ChatCompletionChunk if endpoint == CHAT else Completion
+        assert [chunk.model_validate_json(event).choices for event in events][-1] == []
 
 
 def test_interleaved_choices_and_tool_calls_come_apart() -> None:
