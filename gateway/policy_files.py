@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import orjson
 import structlog
 
+from gateway import sse
+from gateway.errors import ResponseBlocked
+from gateway.window import Window
 from policies import (
     CalibrationError,
     Calibrator,
+    Policy,
     PolicyError,
     PolicySet,
     Problem,
+    StreamMode,
+    effective_stream,
     load_calibrator,
     load_policies,
+    run_stage,
 )
+from validators import Choice, Exchange, Passage
 
 _log = structlog.get_logger()
 _POLL_S = 1.0
+_REHEARSAL = "Call +1 212 555 0100, or write to ann@example.com about 4111 1111 1111 1111."
 _MAX_FILE_BYTES = 4_000_000
 
 
@@ -63,7 +74,25 @@ def load(policies: Path, calibrators: Path) -> Loaded:
     for path in sorted(calibrators.glob("*.json")) if calibrators.is_dir() else ():
         calibrator = load_calibrator(_text(path), file=str(path))
         named[calibrator.name] = calibrator
-    return Loaded(load_policies([(str(path), _text(path)) for path in files], read=read), named)
+    loaded = load_policies([(str(path), _text(path)) for path in files], read=read)
+    for policy in loaded.policies:
+        _rehearse(policy)
+    return Loaded(loaded, named)
+
+
+def _rehearse(policy: Policy) -> None:
+    """Run every check once: what is built or read at first use, telephone plans for one, must not hold up a request."""
+    passage = Passage("choices[0].message.content", _REHEARSAL)
+    exchange = Exchange("chat", {}, (Choice("choices[0]", texts=(passage,)),))
+    for stage in policy.stages:
+        run_stage(stage, exchange, lambda: 0.0)
+    if effective_stream(policy) is StreamMode.WINDOW:
+        delta = {"choices": [{"index": 0, "delta": {"content": _REHEARSAL}}]}
+        event = sse.event(sse.encode(orjson.dumps(delta)))
+        window = Window(policy)
+        with suppress(ResponseBlocked):
+            window.push(event.raw, event)
+            window.finish()
 
 
 def _text(path: Path) -> str:

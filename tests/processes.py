@@ -64,6 +64,13 @@ class Server:
         """Everything written to standard error so far."""
         return self.stderr.read_text(errors="replace")
 
+    @property
+    def tracebacks(self) -> str:
+        """The lines of standard error that tell of exceptions nobody handled, as text or as JSON; empty if there are none."""
+        signs = ("Traceback", '"exception":')
+        lines = self.errors.splitlines()
+        return "\n".join(line for line in lines if any(sign in line for sign in signs))[-4000:]
+
     def start(self) -> None:
         """Start, and return once the server says it is ready.
 
