@@ -58,6 +58,8 @@ class OpenAIEdge:
             if not exchange.gone:
                 raise
         except Exception as error:
+            if exchange.gone:
+                return
             _log.error("unexpected_error", request_id=exchange.id, exc_info=error)
             if exchange.started:
                 raise

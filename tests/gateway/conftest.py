@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -51,5 +53,26 @@ async def store(store_url: str) -> AsyncIterator[SqlStore]:
 async def engine(store: SqlStore, store_url: str) -> AsyncIterator[Engine]:
     """Direct access to the database of `store`."""
     opened = engine_of(store_url)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with the schema and nothing in it, to be copied: making one takes a second."""
+    path = tmp_path_factory.mktemp("store") / "empty.db"
+
+    async def make() -> None:
+        await (await open_store(f"sqlite:///{path}")).close()
+
+    asyncio.run(make())
+    return path
+
+
+@pytest.fixture
+async def sqlite_store(empty_database: Path, tmp_path: Path) -> AsyncIterator[SqlStore]:
+    """A new, empty SQLite store."""
+    path = shutil.copy(empty_database, tmp_path / "holdgate.db")
+    opened = await open_store(f"sqlite:///{path}")
     yield opened
     await opened.close()
