@@ -59,7 +59,7 @@ def server(
             {
                 "match": "*",
                 "base_url": f"{upstream.url}/v1",
-                "timeout_s": {"connect": 1, "read": 0.5, "total": 5},
+                "timeout_s": {"connect": 1, "read": 1.5, "total": 5},
             },
         ],
     )

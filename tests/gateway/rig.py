@@ -49,22 +49,22 @@ def forbid(what: str, on_fail: str, **more: Any) -> dict[str, Any]:
 
 
 def a_call(
-    request: Mapping[str, Any] | None = None,
+    request: Mapping[str, Any] = {},
+    headers: Mapping[str, str] = {},
     *,
     endpoint: str = wire.CHAT,
     now: FakeClock | None = None,
     caller: Caller | None = None,
-    **headers: str,
 ) -> Call:
-    """A call; of headers `_` stands for `-`."""
+    """A call; by another caller than `local` if one is given."""
     clock = now or FakeClock()
-    body = {"model": "m-1", "messages": [{"role": "user", "content": "Hi"}], **(request or {})}
+    body = {"model": "m-1", "messages": [{"role": "user", "content": "Hi"}], **request}
     return make_call(
         decision_id=new_id("hgd", clock.now()),
         endpoint=endpoint,
         body=orjson.dumps(body),
         query="",
-        headers=[(name.replace("_", "-"), value) for name, value in headers.items()],
+        headers=list(headers.items()),
         caller=caller or Caller("local", Role.ADMIN),
         received_s=clock.monotonic_s(),
     )
@@ -92,7 +92,9 @@ STREAM = (("content-type", "text/event-stream; charset=utf-8"), ("x-ratelimit-re
 
 def streams(*texts: str, finish: str | None = "stop", done: bool = True, **more: Any) -> Says:
     """A provider's answer as a stream of these pieces."""
-    deltas = [{"delta": {"content": text}, "finish_reason": None} for text in texts]
+    deltas: list[dict[str, Any]] = [
+        {"delta": {"content": text}, "finish_reason": None} for text in texts
+    ]
     if finish is not None:
         deltas.append({"delta": {}, "finish_reason": finish})
     events = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -69,14 +69,13 @@ async def record(
     policy: Policy,
     *,
     answer: Answer | None = ANSWER,
-    body: bytes | None = None,
-    **headers: str,
+    headers: Mapping[str, str] = {},
 ) -> tuple[DecisionRecord, NewTask | None]:
-    call = a_call({"user": f"my card: {CARD}"}, now=rig.clock, **headers)
+    call = a_call({"user": f"my card: {CARD}"}, headers, now=rig.clock)
     match = Match(policy, "it was chosen")
-    response = answer.body if body is None and answer else body
+    body = answer.body if answer else None
     return await rig.recorder.record(
-        Outcome(call, match, Judgement(decision, Evidence()), answer, response)
+        Outcome(call, match, Judgement(decision, Evidence()), answer, body)
     )
 
 
@@ -147,9 +146,9 @@ async def test_logprobs_are_not_kept_unless_somebody_may_ask_for_the_response(ri
     for decision, headers, whole in (
         (a_decision(), {}, False),
         (a_decision(Action.HOLD), {}, True),
-        (a_decision(), {"idempotency_key": "k"}, True),
+        (a_decision(), {"idempotency-key": "k"}, True),
     ):
-        made, _ = await record(rig, decision, a_policy(), answer=answer, **headers)
+        made, _ = await record(rig, decision, a_policy(), answer=answer, headers=headers)
         assert made.response is not None
         assert (orjson.loads(made.response)["choices"][0]["logprobs"] == logprobs) is whole
 
@@ -246,19 +245,15 @@ async def test_what_could_not_be_stored_is_neither_counted_nor_told(
 # --------------------------------------------------------------------------------------------------------- ids
 
 
-@given(st.lists(st.datetimes(datetime(2020, 1, 1), datetime(2200, 1, 1)), min_size=2, max_size=20))
-def test_later_ids_sort_later(times: Sequence[datetime]) -> None:
-    ordered = sorted(
-        time.replace(microsecond=time.microsecond // 1000 * 1000, tzinfo=UTC) for time in times
-    )
-    ids = [new_id("hgd", time) for time in ordered]
+@given(st.lists(st.integers(0, 10**13), min_size=2, max_size=20))
+def test_later_ids_sort_later(times_ms: list[int]) -> None:
+    begin = datetime(1970, 1, 1, tzinfo=UTC)
+    ids = [new_id("hgd", begin + timedelta(milliseconds=ms)) for ms in sorted(times_ms)]
     assert len(set(ids)) == len(ids)
     assert all(len(each) == len("hgd_") + 32 and each.startswith("hgd_") for each in ids)
     moments = [each[:16] for each in ids]
     assert moments == sorted(moments)
-    assert [a < b for a, b in zip(moments, moments[1:], strict=False)] == [
-        a < b for a, b in zip(ordered, ordered[1:], strict=False)
-    ]
+    assert len(set(moments)) == len(set(times_ms))
 
 
 # ----------------------------------------------------------------------------------------------------- masking
@@ -310,7 +305,7 @@ def is_found(text: str) -> bool:
     return any(scan_of(use).run(exchange(text)).findings for use in ("secrets", "pii"))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(secrets, places), min_size=1, max_size=5), st.integers(0, 2))
 def test_no_secret_is_left_anywhere(found: list[tuple[str, Any]], indent: int) -> None:
     assume(all(is_found(secret) for secret, _ in found))
@@ -349,9 +344,8 @@ def test_what_cannot_be_masked_is_not_kept(body: bytes | None) -> None:
     assert masked(body) is None
 
 
-def test_many_secrets_are_all_masked_and_too_many_are_not_kept() -> None:
-    cards = [card(f"4{number:014d}") for number in range(400)]
-    shown = masked(orjson.dumps(cards))
+def test_many_secrets_are_all_masked() -> None:
+    cards = [card(f"4{number:014d}") for number in range(1_000)]
+    shown = masked(orjson.dumps([*cards, " ".join(cards)]))
     assert shown is not None
     assert not any(number.encode() in shown for number in cards)
-    assert masked(orjson.dumps([card(f"4{number:014d}") for number in range(3_000)])) is None
