@@ -142,26 +142,18 @@ class Asker:
 
 def read_collected(answer: Answer, collected: Collected) -> None:
     """Fill in what a collected stream says."""
+    answer.body = collected.assembler.body()
     answer.fault, answer.message = collected.fault, collected.message
-    try:
-        answer.body = collected.assembler.body()
-    except wire.Unreadable as error:
-        _set_unreadable(answer, error)
-    else:
-        _read(answer, collected.assembler.endpoint)
+    _read(answer, collected.assembler.endpoint)
 
 
 def _read(answer: Answer, endpoint: str) -> None:
     try:
         answer.reading = wire.read_response(endpoint, answer.body)
     except wire.Unreadable as error:
-        _set_unreadable(answer, error)
-
-
-def _set_unreadable(answer: Answer, error: wire.Unreadable) -> None:
-    """Say so, unless something went wrong earlier: that is the cause."""
-    if answer.fault is None:
-        answer.fault, answer.message = "unreadable", str(error)
+        # What went wrong earlier is the cause.
+        if answer.fault is None:
+            answer.fault, answer.message = "unreadable", str(error)
 
 
 def with_feedback(call: Call, question: Question, answer: Answer, evidence: Evidence) -> Question:

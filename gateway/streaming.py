@@ -126,7 +126,9 @@ class Relay:
         except ResponseBlocked as blocked:
             error = blocked
             self.collected.fault, self.collected.message = "blocked", blocked.message
-        error = await self.conclude(self.collected) or error
+        concluded = await self.conclude(self.collected)
+        if error is None or not isinstance(concluded, UpstreamError | None):
+            error = concluded
         if error is not None:
             yield sse.error_events(self.collected.assembler.endpoint, error)
         else:
@@ -160,10 +162,10 @@ class Relay:
         if self.window is not None and assembler.repeats and collected.fault is None:
             collected.fault = "unreadable"
             collected.message = "The chunks say their text twice; `stream: buffer` can check that."
-        if collected.fault is not None:
+        if collected.fault is not None and not event.is_done:
             if not self.lenient:
                 raise UpstreamError(collected.message, code=f"upstream_{collected.fault}")
-            return [] if event.is_done else [event.raw]
+            return [event.raw]
         raw = sse.event_without_logprobs(assembler.endpoint, event) if self.strip else event.raw
         if event.is_done or (assembler.endpoint == RESPONSES and assembler.complete):
             self._last.append(raw)

@@ -382,7 +382,7 @@ def _legacy_tokens(logprobs: _LegacyLogprobs | None) -> list[TokenLogprob] | Non
         return None
     tops = logprobs.top_logprobs or [None] * len(logprobs.tokens)
     return [
-        TokenLogprob(logprob, token, [TopLogprob(p, t) for t, p in top.items()] if top else None)
+        TokenLogprob(logprob, token, [TopLogprob(p) for p in top.values()] if top else None)
         for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, tops, strict=False)
     ]
 

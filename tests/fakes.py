@@ -6,16 +6,18 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from gateway.errors import GatewayError
 from gateway.ports import Attempt, UpstreamCall, UpstreamResponse
 
 
 class FakeClock:
-    """A clock that goes on only when it is told to."""
+    """A clock that goes on only when it is told to; `looked_at` is set by whoever looks at it."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.looked_at = asyncio.Event()
 
     def now(self) -> datetime:
         """The time, aware UTC."""
@@ -23,6 +25,7 @@ class FakeClock:
 
     def monotonic_s(self) -> float:
         """The seconds that have gone by."""
+        self.looked_at.set()
         return self.seconds
 
     def advance(self, seconds: float) -> None:
@@ -40,20 +43,24 @@ class Says:
     gate: asyncio.Event | None = None
     fault: GatewayError | None = None
 
+    @property
+    def parts(self) -> Sequence[bytes]:
+        """The chunks, as a list."""
+        return [self.chunks] if isinstance(self.chunks, bytes) else self.chunks
+
 
 @dataclass
 class ScriptedModels:
     """Providers that give these answers in turn, the last one again and again.
 
-    `top` is how many logprobs they give, None if none. `calls` is what they were asked, `closed` how many of their answers
-    were let go of.
+    `top` is how many logprobs they give, None if none. `calls` is what they were asked.
     """
 
     answers: Sequence[Says | GatewayError]
     top: int | None = None
     calls: list[UpstreamCall] = field(default_factory=list)
-    closed: int = 0
     asked: asyncio.Event = field(default_factory=asyncio.Event)
+    _closed: set[int] = field(default_factory=set)
 
     async def send(self, call: UpstreamCall) -> UpstreamResponse:
         """Give the next answer."""
@@ -66,10 +73,13 @@ class ScriptedModels:
         if answer.gate is not None:
             await answer.gate.wait()
         call.attempts.append(Attempt(call.model, answer.status, None, 1.0))
-        return UpstreamResponse(answer.status, list(answer.headers), _chunks(answer), self._let_go)
+        letting_go = partial(self._closed.add, len(self.calls))
+        return UpstreamResponse(answer.status, list(answer.headers), _chunks(answer), letting_go)
 
-    def _let_go(self) -> None:
-        self.closed += 1
+    @property
+    def closed(self) -> int:
+        """How many answers were let go of."""
+        return len(self._closed)
 
     def top_logprobs(self, model: str) -> int | None:
         """The number of alternatives, whatever the model."""
@@ -85,7 +95,7 @@ class ScriptedModels:
 
 
 async def _chunks(answer: Says) -> AsyncIterator[bytes]:
-    for chunk in [answer.chunks] if isinstance(answer.chunks, bytes) else answer.chunks:
+    for chunk in answer.parts:
         # Chunks of a connection come one by one.
         await asyncio.sleep(0)
         yield chunk

@@ -21,10 +21,9 @@ JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | Non
 
 
 class TopLogprob(msgspec.Struct, gc=False):
-    """One of the likeliest tokens at a position, as the provider reports it (OpenAI API, `top_logprobs`)."""
+    """How likely one of the likeliest tokens at a position is (OpenAI API, `top_logprobs`); which token it is, nobody asks."""
 
     logprob: float | None
-    token: str = ""
 
 
 class TokenLogprob(msgspec.Struct, gc=False):

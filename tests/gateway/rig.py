@@ -128,7 +128,7 @@ class Rig:
         self.told: list[Event] = []
         self.bus.subscribe(self.told.append)
         self.recorder = Recorder(store, self.bus, self.clock, self.metrics)
-        assessor = Assessor(Fixed(), self.clock, audit_secret=b"secret")
+        self.assessor = assessor = Assessor(Fixed(), self.clock, audit_secret=b"secret")
         self.live = LiveStreams(assessor, self.recorder, self.clock, response_bytes=1_000_000)
         asker = Asker(self.models, self.clock, response_bytes=1_000_000)
         self.pipeline = Pipeline(store, asker, assessor, self.recorder, self.live, self.clock)
