@@ -38,6 +38,7 @@ def serve(settings: Settings, config_path: Path | None) -> None:
         access_log=False,
         log_config=None,
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.shutdown_grace_s),
         backlog=4096,

@@ -22,7 +22,7 @@ from gateway.wire import CHAT, NO_RAW, RESPONSES, Message, Unreadable, is_too_de
 
 DONE = b"data: [DONE]\n\n"
 #: The end of a line and an empty line. A carriage return may be half of an end: only the next byte tells.
-_BLANK = re.compile(rb"(?>\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?=[^\n]))")
+_BLANK = re.compile(rb"\n(?:\n|\r\n|\r(?=[^\n]))|\r(?:\r\n|\r(?=[^\n]))")
 _BOM = b"\xef\xbb\xbf"
 _MAX_INDEX = 1024
 
@@ -172,7 +172,7 @@ class Assembler:
                 {**self._top, "status": "incomplete", "output": [item] if part["text"] else []}
             )
         kind = "chat.completion" if self.endpoint == CHAT else "text_completion"
-        choices = [_joined(self._choices[index]) for index in sorted(self._choices)]
+        choices = [_whole(self._choices[index]) for index in sorted(self._choices)]
         return orjson.dumps({**self._top, "object": kind, "choices": choices})
 
     def _add_response_event(self, chunk: dict[str, Any]) -> None:
@@ -292,6 +292,10 @@ def _extend(before: Any, value: Any) -> Any:
     return before
 
 
+def _whole(choice: dict[str, Any]) -> dict[str, Any]:
+    return choice | {name: _joined(choice[name]) for name in ("message", "text") if name in choice}
+
+
 def _joined(value: Any, name: str = "") -> Any:
     """The value as JSON; tool calls lose the number that tells their pieces apart."""
     match value:
@@ -340,18 +344,24 @@ def event_without_logprobs(endpoint: str, event: Event) -> bytes:
             data = orjson.dumps(chunk) if _empty_logprobs(chunk) else event.data
     except (ValueError, TypeError, RecursionError):
         return event.raw
+    if data == event.data:
+        return event.raw
     before, _, after = event.raw.rpartition(event.data)
     return before + data + after if before else encode(data)
 
 
 def _spliced(data: bytes) -> bytes | None:
     """The chunk with its logprobs cut out; None if they cannot be told from equal values elsewhere in it."""
+    values = _logprobs(data)
     cut = data
-    for choice in _CHUNK.decode(data).choices or ():
-        if says_something(value := bytes(choice.logprobs)):
-            cut = cut.replace(value, b"null", 1)
-    left = _CHUNK.decode(cut).choices or ()
-    return None if any(says_something(bytes(choice.logprobs)) for choice in left) else cut
+    for value in values:
+        cut = cut.replace(value, b"null", 1)
+    return None if values and _logprobs(cut) else cut
+
+
+def _logprobs(data: bytes) -> list[bytes]:
+    raws = (bytes(choice.logprobs) for choice in _CHUNK.decode(data).choices or ())
+    return [raw for raw in raws if says_something(raw)]
 
 
 def _empty_logprobs(value: Any) -> bool:

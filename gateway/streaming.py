@@ -20,7 +20,8 @@ from gateway.wire import RESPONSES, Unreadable
 class Collected:
     """A stream as it came.
 
-    `fault` says what was wrong with it: `error`, `truncated`, `unreadable`; `blocked` if a check stopped it; None if nothing.
+    `fault` says what was wrong with it: `error`, `truncated`, `unreadable`, `response_too_large`; `blocked` if a check
+    stopped it; None if nothing.
     """
 
     assembler: sse.Assembler
@@ -126,9 +127,7 @@ class Relay:
         except ResponseBlocked as blocked:
             error = blocked
             self.collected.fault, self.collected.message = "blocked", blocked.message
-        concluded = await self.conclude(self.collected)
-        if error is None or not isinstance(concluded, UpstreamError | None):
-            error = concluded
+        error = await self.conclude(self.collected) or error
         if error is not None:
             yield sse.error_events(self.collected.assembler.endpoint, error)
         else:
@@ -141,7 +140,10 @@ class Relay:
             async for chunk in self.response.iter_chunks():
                 size_bytes += len(chunk)
                 if size_bytes > self.limit_bytes:
-                    raise _too_long(self.limit_bytes)
+                    error = _too_long(self.limit_bytes)
+                    self.collected.fault = "response_too_large"
+                    self.collected.message = error.message
+                    raise error
                 ready: list[bytes] = []
                 try:
                     for event in splitter.feed(chunk):

@@ -12,8 +12,10 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,25 +49,32 @@ def mock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    process = subprocess.Popen(
-        [NODE / "node_modules/.bin/steady", "--host", "127.0.0.1", "-p", port, "-q", document],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
+    log = folder / "mock.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [NODE / "node_modules/.bin/steady", "--host", "127.0.0.1", "-p", port, "-q", document],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     try:
-        said = []
-        for line in process.stdout:
-            said.append(line)
-            if line.startswith("Ready"):
-                break
-        else:
-            pytest.fail(f"the mock did not start: {''.join(said)}")
+        deadline_s = time.monotonic() + 40
+        while not _answers(int(port)):
+            if process.poll() is not None or time.monotonic() > deadline_s:
+                pytest.fail(f"the mock did not start: {log.read_text()}")
+            time.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.communicate()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def _answers(port: int) -> bool:
+    """Whether anything listens there; what the mock prints depends on where it runs."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture(scope="module")

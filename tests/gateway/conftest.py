@@ -76,3 +76,9 @@ async def sqlite_store(empty_database: Path, tmp_path: Path) -> AsyncIterator[Sq
     opened = await open_store(f"sqlite:///{path}")
     yield opened
     await opened.close()
+
+
+@pytest.fixture
+def database(tmp_path: Path, sqlite_store: SqlStore) -> Path:
+    """The file of the store."""
+    return tmp_path / "holdgate.db"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,8 +29,7 @@ from gateway.telemetry import Metrics
 from policies import Calibrator, Match, Policy, PolicySet, load_policy
 from tests.fakes import FakeClock, Says, ScriptedModels
 
-#: A policy that returns everything.
-RETURNS: dict[str, Any] = {
+_DOCUMENT: dict[str, Any] = {
     "policy": "test",
     "risk": {"base": "low"},
     "confidence": {"source": "none", "when_uncalibrated": "return"},
@@ -39,13 +39,27 @@ RETURNS: dict[str, Any] = {
 def a_policy(*checks: Mapping[str, Any], **more: Any) -> Policy:
     """A policy with these checks that returns what they do not speak against."""
     stages = [{"name": "rules", "checks": list(checks)}] if checks else []
-    document = {**RETURNS, "stages": stages, **more}
+    document = {**_DOCUMENT, "stages": stages, **more}
     return load_policy(orjson.dumps(document).decode(), file="test.yaml", read=lambda name: name)
 
 
 def forbid(what: str, on_fail: str, **more: Any) -> dict[str, Any]:
     """A check that something is not said."""
     return {"id": f"no_{what}", "use": "forbid", "patterns": [what], "on_fail": on_fail, **more}
+
+
+STREAMED = {"stream": True}
+KEY = {"idempotency-key": "k-1"}
+RETRY = {"x-stainless-retry-count": "1"}
+RETURNS = a_policy()
+FLAGS = a_policy(forbid("secret", "flag"))
+HOLDS = a_policy(forbid("secret", "hold"))
+BLOCKS = a_policy(forbid("secret", "block"))
+REDACTS = a_policy({"id": "mask", "use": "redact", "patterns": ["secret"], "replacement": "***"})
+BUFFERS = a_policy(stream="buffer")
+WINDOW = a_policy(forbid("secret", "block"), stream="window")
+OBSERVES = a_policy(forbid("secret", "block"), mode="observe")
+LOGPROBS = {"content": [{"token": "fine", "logprob": -0.1, "bytes": None, "top_logprobs": []}]}
 
 
 def a_call(
@@ -222,3 +236,8 @@ def broken(path: Path) -> Any:
 def header(headers: Sequence[tuple[str, str]], name: str) -> str | None:
     """The first header of that name."""
     return next((value for key, value in headers if key.lower() == name), None)
+
+
+def together(rig: Rig, calls: list[Call], policy: Policy) -> list[asyncio.Task[Reply | Held]]:
+    """These calls at the same time."""
+    return [asyncio.create_task(rig.answer(call, policy)) for call in calls]

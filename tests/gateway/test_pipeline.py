@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,29 @@ import orjson
 import pytest
 
 from gateway import sse, wire
-from gateway.auth import Caller, new_key
-from gateway.calls import Call, Held, Reply
 from gateway.errors import (
-    GatewayError,
-    InvalidRequest,
     ResponseBlocked,
     StoreError,
     UpstreamError,
     UpstreamTimeout,
 )
-from gateway.records import Resolution, Role, TaskKind, Verdict
+from gateway.records import TaskKind
 from gateway.store import SqlStore
 from policies import Action, Policy
 from tests.fakes import Says
 from tests.gateway.rig import (
+    BLOCKS,
+    BUFFERS,
+    FLAGS,
+    HOLDS,
+    KEY,
+    LOGPROBS,
+    OBSERVES,
+    REDACTS,
+    RETURNS,
     STREAM,
+    STREAMED,
+    WINDOW,
     Rig,
     a_call,
     a_policy,
@@ -35,33 +41,13 @@ from tests.gateway.rig import (
     events_of,
     forbid,
     header,
-    parts_of,
     read,
     says,
     streams,
-    text_of,
+    together,
 )
 
-STREAMED = {"stream": True}
-KEY = {"idempotency-key": "k-1"}
-RETRY = {"x-stainless-retry-count": "1"}
-RETURNS = a_policy()
-FLAGS = a_policy(forbid("secret", "flag"))
-HOLDS = a_policy(forbid("secret", "hold"))
-BLOCKS = a_policy(forbid("secret", "block"))
-REDACTS = a_policy({"id": "mask", "use": "redact", "patterns": ["secret"], "replacement": "***"})
-BUFFERS = a_policy(stream="buffer")
-WINDOW = a_policy(forbid("secret", "block"), stream="window")
-OBSERVES = a_policy(forbid("secret", "block"), mode="observe")
-
-
-@pytest.fixture
-def database(tmp_path: Path, sqlite_store: SqlStore) -> Path:
-    """The file of the store."""
-    return tmp_path / "holdgate.db"
-
-
-# ---------------------------------------------------------------------------------------------------- actions
+# ------------------------------------------------------------------------------------------------------------ actions
 
 
 async def test_a_response_is_returned_as_it_came(sqlite_store: SqlStore) -> None:
@@ -179,7 +165,7 @@ async def test_the_sample_for_audit_can_be_drawn_again(sqlite_store: SqlStore) -
     assert draws == sampled
 
 
-# --------------------------------------------------------------------------------------- the provider's faults
+# ---------------------------------------------------------------------------------------------- the provider's faults
 
 
 @pytest.mark.parametrize("policy", [BLOCKS, OBSERVES], ids=["enforce", "observe"])
@@ -270,7 +256,7 @@ async def test_an_answer_that_is_too_long_is_refused(sqlite_store: SqlStore) -> 
     assert rig.models.closed == 1
 
 
-# ------------------------------------------------------------------------------------------------- regenerate
+# --------------------------------------------------------------------------------------------------------- regenerate
 
 AGAIN = a_policy(forbid("secret", "regenerate"), regenerate={"attempts": 2}, hold={"wait": "0s"})
 
@@ -333,10 +319,9 @@ async def test_a_fault_of_the_second_attempt_is_told_as_such(sqlite_store: SqlSt
     assert rig.at_rest
 
 
-# --------------------------------------------------------------------------------------------------- logprobs
+# ----------------------------------------------------------------------------------------------------------- logprobs
 
 SCORED = a_policy(confidence={"source": "logprob", "when_uncalibrated": "return"})
-LOGPROBS = {"content": [{"token": "fine", "logprob": -0.1, "bytes": None, "top_logprobs": []}]}
 
 
 def scored(logprobs: Any = LOGPROBS) -> bytes:
@@ -400,529 +385,7 @@ async def test_a_refusal_of_logprobs_the_client_asked_for_is_the_clients(
     assert len(rig.questions) == 1
 
 
-# ----------------------------------------------------------------------------------------------------- streams
-
-
-async def test_a_buffered_stream_is_replayed_as_it_came(sqlite_store: SqlStore) -> None:
-    answer = streams("It is ", "fine.")
-    rig = Rig(sqlite_store, answer)
-    call = a_call(STREAMED)
-    reply = await rig.reply(call, BUFFERS)
-    assert reply.body == b"".join(answer.parts)
-    assert header(reply.headers, "x-ratelimit-remaining") == "7"
-    assert header(reply.headers, "x-holdgate-action") == "return"
-    record = await rig.record(call)
-    assert wire.read_response(wire.CHAT, record.response or b"").choices[0].text == "It is fine."
-    assert record.streamed
-
-
-async def test_a_whole_answer_to_a_client_that_wants_a_stream_becomes_one(
-    sqlite_store: SqlStore,
-) -> None:
-    rig = Rig(sqlite_store, says("It is fine."))
-    reply = await rig.reply(a_call(STREAMED), RETURNS)
-    body = await read(reply)
-    assert text_of(body) == "It is fine."
-    assert body.endswith(sse.DONE)
-    assert header(reply.headers, "content-type") == "text/event-stream; charset=utf-8"
-
-
-async def test_a_buffered_stream_is_held_and_blocked_like_a_whole_answer(
-    sqlite_store: SqlStore,
-) -> None:
-    rig = Rig(sqlite_store, streams("a sec", "ret"))
-    held = await rig.held(a_call(STREAMED), HOLDS)
-    assert held.streamed
-    with pytest.raises(ResponseBlocked):
-        await rig.answer(a_call(STREAMED), a_policy(forbid("secret", "block"), stream="buffer"))
-
-
-async def test_a_stream_that_is_only_watched_goes_out_before_it_is_decided_on(
-    sqlite_store: SqlStore,
-) -> None:
-    rig = Rig(sqlite_store, streams("a ", "secret"))
-    call = a_call(STREAMED)
-    reply = await rig.reply(call, OBSERVES)
-    parts = parts_of(reply)
-    assert b"a " in await anext(parts)
-    assert await rig.store.decision(call.id) is None
-    rest = b"".join([part async for part in parts])
-    assert rest.endswith(sse.DONE)
-    decision = (await rig.record(call)).detail["decision"]
-    assert isinstance(decision, dict)
-    assert decision["intended"] == Action.BLOCK
-    assert header(reply.headers, "x-holdgate-decision") == call.id
-    assert header(reply.headers, "x-holdgate-action") is None
-    assert rig.models.closed == 1
-
-
-async def test_the_end_of_a_stream_waits_until_the_decision_is_durable(
-    sqlite_store: SqlStore,
-) -> None:
-    rig = Rig(sqlite_store, streams("fine"))
-    call = a_call(STREAMED)
-    async for part in parts_of(await rig.reply(call, RETURNS)):
-        if part.endswith(sse.DONE):
-            assert (await rig.record(call)).action is Action.RETURN
-
-
-async def test_a_stream_through_a_window_ends_where_it_is_blocked(sqlite_store: SqlStore) -> None:
-    rig = Rig(sqlite_store, streams("Here it is: a sec", "ret", ", you see"))
-    call = a_call(STREAMED)
-    body = await read(await rig.reply(call, WINDOW))
-    *said, error, done = events_of(body)
-    assert (error["error"]["code"], done) == ("response_blocked", "[DONE]")
-    assert error["error"]["decision"] == call.id
-    assert not said
-    assert (await rig.record(call)).action is Action.BLOCK
-    assert rig.models.closed == 1
-    assert rig.at_rest
-
-
-async def test_a_stream_through_a_window_is_masked(sqlite_store: SqlStore) -> None:
-    mask = {"id": "mask", "use": "redact", "patterns": ["secret"], "replacement": "***"}
-    rig = Rig(sqlite_store, streams("A sec", "ret and", " more"))
-    call = a_call(STREAMED)
-    body = await read(await rig.reply(call, a_policy(mask, stream="window")))
-    assert text_of(body) == "A *** and more"
-    assert b"secret" not in ((await rig.record(call)).response or b"")
-
-
-async def test_a_stream_that_cannot_be_masked_whole_ends_with_an_error(
-    sqlite_store: SqlStore,
-) -> None:
-    """A check can tell of so many places and no more; the whole answer would be held."""
-    mask = {"id": "mask", "use": "redact", "patterns": ["secret"], "replacement": "***"}
-    rig = Rig(sqlite_store, streams(*["A secret. "] * 60))
-    body = await read(await rig.reply(a_call(STREAMED), a_policy(mask, stream="window")))
-    assert events_of(body)[-2]["error"]["code"] == "response_blocked"
-    assert b"secret" not in body
-
-
-@pytest.mark.parametrize("policy", [RETURNS, WINDOW], ids=["observe", "window"])
-async def test_a_live_stream_that_breaks_off_says_so(
-    sqlite_store: SqlStore, policy: Policy
-) -> None:
-    rig = Rig(
-        sqlite_store, streams("It is ", finish=None, done=False, fault=UpstreamError("Gone."))
-    )
-    call = a_call(STREAMED)
-    body = await read(await rig.reply(call, policy))
-    *_, error, done = events_of(body)
-    assert (error["error"]["code"], done) == ("upstream_truncated", "[DONE]")
-    assert (await rig.record(call)).detail["fault"] == "truncated"
-    assert rig.at_rest
-
-
-@pytest.mark.parametrize("policy", [RETURNS, WINDOW, OBSERVES], ids=["live", "window", "observe"])
-async def test_a_client_that_leaves_a_stream_leaves_a_record(
-    sqlite_store: SqlStore, policy: Policy
-) -> None:
-    rig = Rig(sqlite_store, streams("It is ", *["fine. "] * 50))
-    call = a_call(STREAMED)
-    parts: Any = parts_of(await rig.reply(call, policy))
-    assert b"It is" in await anext(parts)
-    await parts.aclose()
-    await rig.live.drain()
-    record = await rig.record(call)
-    assert (record.detail["fault"], record.detail["note"]) == ("truncated", "the client went away")
-    assert rig.models.closed == 1
-    assert rig.at_rest
-
-
-async def test_a_client_that_leaves_while_its_stream_is_recorded_leaves_a_record(
-    sqlite_store: SqlStore,
-) -> None:
-    rig = Rig(sqlite_store, streams("fine"))
-    call = a_call(STREAMED)
-    reply = await rig.reply(call, RETURNS)
-    rig.clock.looked_at.clear()
-    reading = asyncio.create_task(read(reply))
-    await rig.clock.looked_at.wait()
-    reading.cancel()
-    await asyncio.wait([reading])
-    assert reading.cancelled()
-    await rig.live.drain()
-    assert (await rig.record(call)).detail["fault"] is None
-    assert rig.at_rest
-
-
-@pytest.mark.parametrize("policy", [RETURNS, WINDOW, BUFFERS], ids=["live", "window", "buffer"])
-async def test_a_stream_that_is_too_long_is_ended(sqlite_store: SqlStore, policy: Policy) -> None:
-    rig = Rig(sqlite_store, streams(*["x" * 50_000] * 30))
-    call = a_call(STREAMED)
-    try:
-        body = await read(await rig.reply(call, policy))
-    except UpstreamError as error:
-        body = error.body()
-    assert b"upstream_response_too_large" in body
-    assert rig.models.closed == 1
-    assert rig.at_rest
-
-
-UNREADABLE = Says([b'data: {"choices":[{"index":0,"delta":{"content":"It "}}]}\n\n', b"data: {x\n\n",
-                   b'data: {"choices":[{"index":0,"delta":{"content":"is."}}]}\n\n', sse.DONE], headers=STREAM)  # fmt: skip
-
-
-@pytest.mark.parametrize("policy", [RETURNS, WINDOW], ids=["live", "window"])
-async def test_a_live_stream_ends_at_an_event_that_cannot_be_read(
-    sqlite_store: SqlStore, policy: Policy
-) -> None:
-    rig = Rig(sqlite_store, UNREADABLE)
-    call = a_call(STREAMED)
-    *said, error, done = events_of(await read(await rig.reply(call, policy)))
-    assert (error["error"]["code"], done) == ("upstream_unreadable", "[DONE]")
-    assert "is." not in str(said)
-    assert (await rig.record(call)).detail["fault"] == "unreadable"
-
-
-async def test_a_watched_stream_goes_on_behind_an_event_that_cannot_be_read(
-    sqlite_store: SqlStore,
-) -> None:
-    rig = Rig(sqlite_store, UNREADABLE)
-    call = a_call(STREAMED)
-    assert await read(await rig.reply(call, OBSERVES)) == b"".join(UNREADABLE.parts)
-    assert (await rig.record(call)).detail["fault"] == "unreadable"
-
-
-@pytest.mark.parametrize("policy", [RETURNS, WINDOW, BUFFERS], ids=["live", "window", "buffer"])
-async def test_a_stream_ends_with_done_and_nothing_comes_after(
-    sqlite_store: SqlStore, policy: Policy
-) -> None:
-    whole = streams("It is fine.")
-    late = sse.encode(b'{"choices":[{"index":0,"delta":{"content":"a secret"}}]}')
-    for answer in (
-        whole,
-        streams("It is fine.", done=False),
-        Says([*whole.parts, late], headers=STREAM),
-    ):
-        rig = Rig(sqlite_store, answer)
-        body = await read(await rig.reply(a_call(STREAMED), policy))
-        assert body == b"".join(whole.parts)
-
-
-@pytest.mark.parametrize("stream", ["observe", "buffer"])
-async def test_logprobs_nobody_asked_for_are_taken_out_of_a_stream(
-    sqlite_store: SqlStore, stream: str
-) -> None:
-    choice = {
-        "index": 0,
-        "delta": {"content": "fine"},
-        "logprobs": LOGPROBS,
-        "finish_reason": "stop",
-    }
-    event = sse.encode(orjson.dumps({"choices": [choice]}))
-    rig = Rig(sqlite_store, Says([event, sse.DONE], headers=STREAM), top=3)
-    call = a_call(STREAMED)
-    policy = a_policy(
-        confidence={"source": "logprob", "when_uncalibrated": "return"}, stream=stream
-    )
-    body = await read(await rig.reply(call, policy))
-    assert body == event.replace(orjson.dumps(LOGPROBS), b"null") + sse.DONE
-    evidence = (await rig.record(call)).detail["evidence"]
-    assert isinstance(evidence, dict)
-    assert evidence["signals"]
-
-
-TWICE = [
-    {
-        "index": 0,
-        "delta": {"content": "a sec"},
-        "message": {"content": "a sec"},
-        "finish_reason": None,
-    },
-    {
-        "index": 0,
-        "delta": {"content": "ret"},
-        "message": {"content": "a secret"},
-        "finish_reason": "stop",
-    },
-]
-
-
-@pytest.mark.parametrize("stream", ["window", "buffer"])
-async def test_chunks_that_say_all_so_far_again_hide_nothing(
-    sqlite_store: SqlStore, stream: str
-) -> None:
-    events = [sse.encode(orjson.dumps({"choices": [choice]})) for choice in TWICE]
-    rig = Rig(sqlite_store, Says([*events, sse.DONE], headers=STREAM))
-    mask = {"id": "mask", "use": "redact", "patterns": ["secret"], "replacement": "***"}
-    body = await read(await rig.reply(a_call(STREAMED), a_policy(mask, stream=stream)))
-    assert b"secret" not in body
-    if stream == "buffer":
-        assert text_of(body) == "a ***"
-    else:
-        assert events_of(body)[-2]["error"]["code"] == "upstream_unreadable"
-
-
-RESPONSE = {"id": "resp_1", "model": "m", "status": "completed", "output": [
-    {"type": "message", "id": "msg_1", "content": [{"type": "output_text", "text": "a secret"}]}]}  # fmt: skip
-
-
-@pytest.mark.parametrize("policy", [RETURNS, OBSERVES, BUFFERS], ids=["live", "observe", "buffer"])
-async def test_a_stream_of_responses_goes_out_as_it_came(
-    sqlite_store: SqlStore, policy: Policy
-) -> None:
-    parts = list(sse.stream_of(wire.RESPONSES, orjson.dumps(RESPONSE), include_usage=False))
-    rig = Rig(sqlite_store, Says(parts, headers=STREAM))
-    call = a_call({"input": "Hi", **STREAMED}, endpoint=wire.RESPONSES)
-    assert await read(await rig.reply(call, policy)) == b"".join(parts)
-    assert (await rig.record(call)).upstream_id == "resp_1"
-
-
-async def test_a_stream_of_responses_is_blocked_before_any_of_it_goes_out(
-    sqlite_store: SqlStore,
-) -> None:
-    parts = list(sse.stream_of(wire.RESPONSES, orjson.dumps(RESPONSE), include_usage=False))
-    rig = Rig(sqlite_store, Says(parts, headers=STREAM))
-    with pytest.raises(ResponseBlocked):
-        await rig.answer(a_call({"input": "Hi", **STREAMED}, endpoint=wire.RESPONSES), WINDOW)
-
-
-async def test_a_response_that_failed_is_the_clients_to_hear_of(sqlite_store: SqlStore) -> None:
-    body = orjson.dumps(
-        {"id": "resp_1", "status": "failed", "output": [], "error": {"message": "x"}}
-    )
-    rig = Rig(sqlite_store, Says(body))
-    call = a_call({"input": "Hi"}, endpoint=wire.RESPONSES)
-    assert (await rig.reply(call, HOLDS)).body == body
-    assert (await rig.record(call)).action is Action.RETURN
-
-
-# ------------------------------------------------------------------------------------------- repeated calls
-
-
-async def test_a_call_repeated_with_its_key_gets_the_same_response(sqlite_store: SqlStore) -> None:
-    rig = Rig(sqlite_store, says("one"), says("two"))
-    first, second = a_call({}, KEY), a_call({}, KEY)
-    bodies = [(await rig.reply(call, RETURNS)).body for call in (first, second)]
-    assert bodies == [chat("one")] * 2
-    assert len(rig.questions) == 1
-    assert await rig.store.decision(second.id) is None
-
-
-async def test_a_key_belongs_to_one_body(sqlite_store: SqlStore) -> None:
-    rig = Rig(sqlite_store, says("one"))
-    await rig.reply(a_call({}, KEY), RETURNS)
-    with pytest.raises(InvalidRequest) as caught:
-        await rig.answer(a_call({"temperature": 1}, KEY), RETURNS)
-    assert caught.value.code == "idempotency_key_reused"
-    assert rig.at_rest
-
-
-async def test_a_key_belongs_to_one_caller(sqlite_store: SqlStore) -> None:
-    rig = Rig(sqlite_store, says("one"), says("two"))
-    key, _ = new_key("key-1", "app", Role.CLIENT, rig.clock.now())
-    mine = a_call({}, KEY)
-    other = a_call({}, KEY, caller=Caller("app", Role.CLIENT, key))
-    assert (await rig.reply(mine, RETURNS)).body == chat("one")
-    assert (await rig.reply(other, RETURNS)).body == chat("two")
-
-
-async def test_a_key_is_forgotten_after_a_day(sqlite_store: SqlStore) -> None:
-    rig = Rig(sqlite_store, says("one"), says("two"))
-    await rig.reply(a_call({}, KEY), RETURNS)
-    rig.clock.advance(86_401)
-    assert (await rig.reply(a_call({}, KEY), RETURNS)).body == chat("two")
-
-
-async def test_a_repeated_call_that_was_blocked_is_blocked(sqlite_store: SqlStore) -> None:
-    rig = Rig(sqlite_store, says("a secret"))
-    first = a_call({}, KEY)
-    for call in (first, a_call({}, KEY)):
-        with pytest.raises(ResponseBlocked) as caught:
-            await rig.answer(call, BLOCKS)
-        assert caught.value.extra["decision"] == first.id
-    assert len(rig.questions) == 1
-
-
-@pytest.mark.parametrize("headers", [KEY, RETRY], ids=["key", "retry"])
-async def test_a_repeated_call_attaches_to_the_hold(
-    sqlite_store: SqlStore, headers: Mapping[str, str]
-) -> None:
-    rig = Rig(sqlite_store, says("a secret"))
-    first = await rig.held(a_call({}, KEY if headers is KEY else {}), HOLDS)
-    second = await rig.held(a_call({}, headers), HOLDS)
-    assert (second.task_id, second.decision_id) == (first.task_id, first.decision_id)
-    assert len(rig.questions) == 1
-
-
-@pytest.mark.parametrize(("headers", "asked"), [(KEY, 1), (RETRY, 2)], ids=["key", "retry"])
-async def test_a_settled_hold_is_attached_to_with_a_key_only(
-    sqlite_store: SqlStore, headers: Mapping[str, str], asked: int
-) -> None:
-    rig = Rig(sqlite_store, says("a secret"))
-    first = await rig.held(a_call({}, KEY if headers is KEY else {}), HOLDS)
-    await rig.store.resolve(Resolution(first.task_id, 1, Verdict.APPROVE, "ann", rig.clock.now()))
-    rig.clock.advance(60)
-    second = await rig.held(a_call({}, headers, now=rig.clock), HOLDS)
-    assert len(rig.questions) == asked
-    assert (second.task_id == first.task_id) is (asked == 1)
-
-
-async def test_without_a_key_and_no_retry_every_call_is_its_own(sqlite_store: SqlStore) -> None:
-    rig = Rig(sqlite_store, says("a secret"))
-    first, second = await rig.held(a_call(), HOLDS), await rig.held(a_call(), HOLDS)
-    assert first.task_id != second.task_id
-    assert len(rig.questions) == 2
-
-
-FAILURES: dict[str, tuple[Says | GatewayError, dict[str, Any], Policy]] = {
-    "not asked": (UpstreamError("Gone."), {}, RETURNS),
-    "busy": (Says(b"{}", 503), {}, RETURNS),
-    "unreadable": (Says(b"{"), {}, RETURNS),
-    "unreadable, observed": (Says(b"{"), {}, OBSERVES),
-    "unreadable, observed, to a stream": (Says(b"{"), STREAMED, OBSERVES),
-    "half a stream": (streams("half ", finish=None, done=False), STREAMED, BUFFERS),
-    "half a live stream": (streams("half ", finish=None, done=False), STREAMED, RETURNS),
-    "half a watched stream": (streams("half ", finish=None, done=False), STREAMED, OBSERVES),
-}
-
-
-@pytest.mark.parametrize(("answer", "request_", "policy"), FAILURES.values(), ids=FAILURES)
-async def test_a_call_whose_answer_was_none_is_asked_anew(
-    sqlite_store: SqlStore, answer: Says | GatewayError, request_: dict[str, Any], policy: Policy
-) -> None:
-    rig = Rig(sqlite_store, answer, says("whole"))
-    try:
-        await read(await rig.reply(a_call(request_, KEY), policy))
-    except UpstreamError:
-        assert policy is not OBSERVES
-    second = await read(await rig.reply(a_call(request_, KEY), policy))
-    assert b"whole" in second
-    assert b"half" not in second
-
-
-async def test_a_stream_its_client_left_is_not_taken_for_the_whole(sqlite_store: SqlStore) -> None:
-    rig = Rig(sqlite_store, streams("half ", *["and more "] * 50), streams("whole"))
-    parts: Any = parts_of(await rig.reply(a_call(STREAMED, KEY), RETURNS))
-    await anext(parts)
-    await parts.aclose()
-    await rig.live.drain()
-    assert text_of(await read(await rig.reply(a_call(STREAMED, KEY), RETURNS))) == "whole"
-
-
-async def test_a_repeated_stream_is_a_stream(sqlite_store: SqlStore) -> None:
-    rig = Rig(sqlite_store, streams("It is ", "fine."))
-    for policy in (BUFFERS, BUFFERS):
-        body = await read(await rig.reply(a_call(STREAMED, KEY), policy))
-        assert text_of(body) == "It is fine."
-        assert body.endswith(sse.DONE)
-    assert len(rig.questions) == 1
-
-
-async def test_of_content_that_is_not_kept_there_is_nothing_to_repeat(
-    sqlite_store: SqlStore,
-) -> None:
-    rig = Rig(sqlite_store, says("one"), says("two"))
-    policy = a_policy(content="digest")
-    bodies = [(await rig.reply(a_call({}, KEY), policy)).body for _ in range(2)]
-    assert bodies == [chat("one"), chat("two")]
-
-
-# ---------------------------------------------------------------------------------------------- at the same time
-
-
-def together(rig: Rig, calls: list[Call], policy: Policy) -> list[asyncio.Task[Reply | Held]]:
-    return [asyncio.create_task(rig.answer(call, policy)) for call in calls]
-
-
-@pytest.mark.parametrize("policy", [RETURNS, HOLDS], ids=["returned", "held"])
-async def test_of_identical_calls_at_the_same_time_one_is_asked(
-    sqlite_store: SqlStore, policy: Policy
-) -> None:
-    gate = asyncio.Event()
-    rig = Rig(sqlite_store, says("a secret", gate=gate))
-    tasks = together(rig, [a_call({}, KEY) for _ in range(8)], policy)
-    await rig.models.asked.wait()
-    gate.set()
-    answers = await asyncio.gather(*tasks)
-    assert len(rig.questions) == 1
-    told = {header(answer.headers, "x-holdgate-decision") for answer in answers}
-    assert len(told) == 1
-    assert rig.at_rest
-
-
-async def test_of_identical_calls_that_are_blocked_one_is_asked(sqlite_store: SqlStore) -> None:
-    gate = asyncio.Event()
-    rig = Rig(sqlite_store, says("a secret", gate=gate))
-    tasks = together(rig, [a_call({}, KEY) for _ in range(5)], BLOCKS)
-    await rig.models.asked.wait()
-    gate.set()
-    answers = await asyncio.gather(*tasks, return_exceptions=True)
-    assert {type(answer) for answer in answers} == {ResponseBlocked}
-    assert len(rig.questions) == 1
-    assert rig.at_rest
-
-
-async def test_a_retry_waits_for_the_call_it_repeats(sqlite_store: SqlStore) -> None:
-    gate = asyncio.Event()
-    rig = Rig(sqlite_store, says("one", gate=gate), says("two"))
-    tasks = together(rig, [a_call(), a_call({}, RETRY), a_call({}, RETRY)], RETURNS)
-    await rig.models.asked.wait()
-    gate.set()
-    answers = await asyncio.gather(*tasks)
-    assert [answer.body for answer in answers if isinstance(answer, Reply)] == [chat("one")] * 3
-    assert rig.at_rest
-
-
-async def test_calls_that_only_look_alike_do_not_wait_for_each_other(
-    sqlite_store: SqlStore,
-) -> None:
-    gate = asyncio.Event()
-    rig = Rig(sqlite_store, says("one", gate=gate), says("two"))
-    slow = asyncio.create_task(rig.reply(a_call(), RETURNS))
-    await rig.models.asked.wait()
-    assert (await rig.reply(a_call(), RETURNS)).body == chat("two")
-    gate.set()
-    assert (await slow).body == chat("one")
-    assert rig.at_rest
-
-
-async def test_when_the_first_of_identical_calls_is_cancelled_the_next_is_asked(
-    sqlite_store: SqlStore,
-) -> None:
-    gate = asyncio.Event()
-    rig = Rig(sqlite_store, says("one", gate=gate), says("two"))
-    first, second, third = together(rig, [a_call({}, KEY) for _ in range(3)], RETURNS)
-    await rig.models.asked.wait()
-    first.cancel()
-    answers = await asyncio.gather(second, third)
-    assert [answer.body for answer in answers if isinstance(answer, Reply)] == [chat("two")] * 2
-    assert first.cancelled()
-    assert rig.at_rest
-
-
-async def test_a_call_cancelled_while_it_waits_leaves_the_other_alone(
-    sqlite_store: SqlStore,
-) -> None:
-    gate = asyncio.Event()
-    rig = Rig(sqlite_store, says("one", gate=gate))
-    first, second = together(rig, [a_call({}, KEY) for _ in range(2)], RETURNS)
-    await rig.models.asked.wait()
-    second.cancel()
-    await asyncio.wait([second])
-    gate.set()
-    answer = await first
-    assert isinstance(answer, Reply)
-    assert answer.body == chat("one")
-    assert rig.at_rest
-
-
-async def test_a_call_cancelled_while_it_is_asked_leaves_nothing_behind(
-    sqlite_store: SqlStore,
-) -> None:
-    rig = Rig(sqlite_store, says("one", gate=asyncio.Event()))
-    call = a_call()
-    [task] = together(rig, [call], RETURNS)
-    await rig.models.asked.wait()
-    task.cancel()
-    await asyncio.wait([task])
-    assert rig.at_rest
-    assert await rig.store.decision(call.id) is None
-
-
-# --------------------------------------------------------------------------------------------- a broken store
+# ----------------------------------------------------------------------------------------------------- a broken store
 
 
 @pytest.mark.parametrize(
