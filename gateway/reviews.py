@@ -275,6 +275,8 @@ def _corrected(
         correction = {paths[0]: correction}
     try:
         body = edits.with_texts(decision.response, correction, reading)
+    except wire.Unreadable as error:
+        raise InvalidRequest(f"The correction is not text that can be sent: {error}") from error
     except KeyError as error:
         known = ", ".join(paths)
         raise InvalidRequest(
