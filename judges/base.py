@@ -1,10 +1,9 @@
 """What a judge is: a check that asks a model, written as a generator that does no I/O itself.
 
-It yields each question and is sent each reply, so that whoever drives it owns the network, the
-budget and the clock, and a test is a written dialogue of `next` and `send`. The driver ends the
-dialogue as soon as the judge returns its result, and throws into the judge what went wrong with a
-call; a judge that lets it, or a `VerdictError`, pass is an ERROR result, just as a validator that
-raises is.
+It yields the questions it wants answered next and is sent their replies, so that whoever drives it owns the network, the
+budget and the clock, and a test is a written dialogue of `next` and `send`. The driver ends the dialogue as soon as the
+judge returns its result, and throws into the judge what went wrong with a call; a judge that lets it, or a
+`VerdictError`, pass is an ERROR result, just as a validator that raises is.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ class VerdictError(ValueError):
 class ModelCall:
     """A question to a model.
 
-    `messages` and `parameters` (such as `temperature`, `logprobs`) are those of an OpenAI chat
-    completion request.
+    `messages` and `parameters` (such as `temperature`, `logprobs`, `response_format`) are those of an OpenAI chat
+    completion request; a driver may leave out parameters that the provider is known to refuse.
     """
 
     model: str
@@ -36,23 +35,38 @@ class ModelCall:
 
 @dataclass(frozen=True, slots=True)
 class ModelReply:
-    """The model's answer, its tokens' logprobs if the provider sent them, and what it cost."""
+    """The model's answer: its text, why it ended, its tokens' logprobs if the provider sent them, what it cost."""
 
     text: str
     logprobs: Sequence[TokenLogprob] | None = None
+    finish_reason: str | None = None
     cost_usd: float = 0.0
     latency_ms: float = 0.0
 
 
-Dialogue: TypeAlias = Generator[ModelCall, ModelReply, CheckResult]
+#: The calls of one tuple are asked side by side, and their replies sent back in the same order.
+Dialogue: TypeAlias = Generator[tuple[ModelCall, ...], tuple[ModelReply, ...], CheckResult]
 
 
 class Judge(Check):
     """A check that asks a model."""
 
+    @property
     @abstractmethod
-    def ask(self, exchange: Exchange) -> Dialogue:
-        """Yield calls, take their replies, return the result with their costs added up.
+    def models(self) -> tuple[str, ...]:
+        """The models it may ask, in the order it asks them."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that shapes its score: kind, models, rubric, parameters, the words of its prompts."""
+
+    @abstractmethod
+    def ask(self, exchange: Exchange, nonce: str) -> Dialogue:
+        """Yield calls, take their replies, return the result.
+
+        `nonce` is fresh random text (lower-case hex, at least 16 digits) that fences what is judged; two dialogues on the
+        same exchange with the same nonce yield the same first calls.
 
         Raises
         ------

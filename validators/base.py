@@ -183,6 +183,34 @@ class OnError(StrEnum):
     RETURN = "return"
 
 
+class Cause(StrEnum):
+    """Why a check could not tell."""
+
+    RAISED = "raised"
+    VERDICT = "verdict"
+    PROVIDER = "provider"
+    TIMEOUT = "timeout"
+    UNAVAILABLE = "unavailable"
+    BUDGET = "budget"
+    UNSURE = "unsure"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What stands behind a judge's score.
+
+    `method` says how the score came about: `logprob`, `votes`, `verbalised` or `normal_form`. `models` are those asked, in
+    order. `parts` holds the score in [0, 1] of each criterion, claim or member. `rationale` is in the model's own words,
+    which may quote the response: it is content, kept only where the policy keeps content.
+    """
+
+    method: str
+    models: tuple[str, ...]
+    parts: Mapping[str, float] = field(default_factory=dict)
+    rationale: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One located problem.
@@ -204,7 +232,8 @@ class CheckResult:
     """What one check said of one exchange.
 
     `score` is in [0, 1], 1 best, uncalibrated; None when the check could not tell. `error` is set exactly when `outcome`
-    is ERROR. `latency_ms` and `cost_usd` are filled in by whoever ran the check.
+    is ERROR, and `cause` may then say which kind of failure it was. `latency_ms` and `cost_usd` are filled in by whoever
+    ran the check. `opinion` is set where a model was asked.
     """
 
     check: str
@@ -215,6 +244,8 @@ class CheckResult:
     latency_ms: float = 0.0
     cost_usd: float = 0.0
     version: str = ""
+    cause: Cause | None = None
+    opinion: Opinion | None = None
 
 
 def _as_sequence(value: object) -> object:

@@ -21,11 +21,19 @@ class SecondOpinion(Judge):
     use: Literal["second_opinion"] = "second_opinion"
     model: str = "judge-small"
 
-    def ask(self, exchange: Exchange) -> Dialogue:
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.model,)
+
+    @property
+    def digest(self) -> str:
+        return "0" * 64
+
+    def ask(self, exchange: Exchange, nonce: str) -> Dialogue:
         question = {"role": "user", "content": f"Is {exchange.choices[0].text!r} right?"}
         cost_usd, reply = 0.0, ModelReply("")
         for _ in range(2):
-            reply = yield ModelCall(self.model, [question], {"logprobs": True})
+            (reply,) = yield (ModelCall(self.model, [question], {"logprobs": True}),)
             cost_usd += reply.cost_usd
             if reply.text == "yes":
                 return CheckResult(self.id, Outcome.PASS, score=_weight(reply), cost_usd=cost_usd)
@@ -41,22 +49,23 @@ def _weight(reply: ModelReply) -> float:
 
 JUDGE = SecondOpinion(id="opinion")
 EXCHANGE = exchange(None)
+NONCE = "0123456789abcdef"
 
 
 def finish(dialogue: Dialogue, reply: ModelReply) -> CheckResult:
     with pytest.raises(StopIteration) as ended:
-        dialogue.send(reply)
+        dialogue.send((reply,))
     result: CheckResult = ended.value.value
     return result
 
 
 def drive(judge: Judge, replies: Mapping[str, ModelReply]) -> Mapping[str, CheckResult]:
     """What a stage's runner does with a judge: the same results by check id, the same vetting."""
-    dialogue = judge.ask(EXCHANGE)
+    dialogue = judge.ask(EXCHANGE, NONCE)
     try:
-        call = next(dialogue)
+        calls = next(dialogue)
         while True:
-            call = dialogue.send(replies[call.model])
+            calls = dialogue.send(tuple(replies[call.model] for call in calls))
     except StopIteration as ended:
         result = vetted(ended.value)
     except VerdictError as error:
@@ -65,8 +74,8 @@ def drive(judge: Judge, replies: Mapping[str, ModelReply]) -> Mapping[str, Check
 
 
 def test_a_judge_asks_and_takes_the_reply() -> None:
-    dialogue = JUDGE.ask(EXCHANGE)
-    call = next(dialogue)
+    dialogue = JUDGE.ask(EXCHANGE, NONCE)
+    (call,) = next(dialogue)
     assert call.model == "judge-small"
     assert call.parameters == {"logprobs": True}
     result = finish(dialogue, ModelReply("yes", [TokenLogprob(math.log(0.9))], cost_usd=0.01))
@@ -75,24 +84,24 @@ def test_a_judge_asks_and_takes_the_reply() -> None:
 
 
 def test_a_judge_may_ask_again_and_adds_up_the_cost() -> None:
-    dialogue = JUDGE.ask(EXCHANGE)
+    dialogue = JUDGE.ask(EXCHANGE, NONCE)
     first = next(dialogue)
-    assert dialogue.send(ModelReply("no", cost_usd=0.01)) == first
+    assert dialogue.send((ModelReply("no", cost_usd=0.01),)) == first
     result = finish(dialogue, ModelReply("no", cost_usd=0.02))
     assert result.outcome is Outcome.FAIL
     assert result.cost_usd == pytest.approx(0.03)
 
 
 def test_a_reply_without_a_verdict_is_never_a_pass() -> None:
-    dialogue = JUDGE.ask(EXCHANGE)
+    dialogue = JUDGE.ask(EXCHANGE, NONCE)
     next(dialogue)
-    dialogue.send(ModelReply("perhaps"))
+    dialogue.send((ModelReply("perhaps"),))
     with pytest.raises(VerdictError):
-        dialogue.send(ModelReply("perhaps"))
+        dialogue.send((ModelReply("perhaps"),))
 
 
 def test_a_failed_call_reaches_the_judge() -> None:
-    dialogue = JUDGE.ask(EXCHANGE)
+    dialogue = JUDGE.ask(EXCHANGE, NONCE)
     next(dialogue)
     with pytest.raises(TimeoutError):
         dialogue.throw(TimeoutError())
