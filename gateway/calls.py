@@ -33,7 +33,6 @@ _NOT_RELAYED = frozenset(
         "content-length",
         "date",
         "server",
-        "x-request-id",
         "alt-svc",
     ]
 )
@@ -58,7 +57,8 @@ class Patience:
         Of a preference that is there twice the first counts.
         """
         preferences: dict[str, str] = {}
-        for preference in _ELEMENT.findall(headers.get("prefer", "")[:_MAX_PREFER_CHARS]):
+        asked = headers.get("prefer", "")[:_MAX_PREFER_CHARS]
+        for preference in _ELEMENT.findall(asked) if asked else ():
             name, _, value = preference.partition(";")[0].partition("=")
             preferences.setdefault(name.strip().lower(), value.strip('" '))
         timeout = headers.get("x-stainless-read-timeout") or headers.get("x-stainless-timeout", "")
@@ -81,6 +81,8 @@ class Patience:
 
 
 def _seconds(text: str) -> float | None:
+    if not text:
+        return None
     try:
         value = float(text)
     except ValueError:
@@ -203,11 +205,11 @@ class Held:
 
 
 def relayed(headers: Headers) -> Headers:
-    """The provider's response headers that a client may see, its request id under a name of its own."""
-    kept = [(name, value) for name, value in headers if name.lower() not in _NOT_RELAYED]
-    kept += [
-        ("x-holdgate-upstream-request-id", v)
-        for name, v in headers
-        if name.lower() == "x-request-id"
-    ]
+    """The provider's response headers (names in lower case) that a client may see, its request id under a name of its own."""
+    kept = []
+    for name, value in headers:
+        if name == "x-request-id":
+            kept.append(("x-holdgate-upstream-request-id", value))
+        elif name not in _NOT_RELAYED:
+            kept.append((name, value))
     return kept

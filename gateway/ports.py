@@ -168,7 +168,7 @@ class UpstreamCall:
 
 
 class UpstreamResponse:
-    """What a provider answered: status and headers are here, the body is still on its way.
+    """What a provider answered: status and headers (names in lower case) are here, the body is still on its way.
 
     Read it once, by `read` or by `iter_chunks`; both may raise `UpstreamError`. Closing it before its
     end, which leaving the context or being cancelled does, ends the connection: the provider stops.
@@ -189,9 +189,8 @@ class UpstreamResponse:
         self._close = close
 
     def header(self, name: str) -> str | None:
-        """The first header of that name, whatever its case."""
-        name = name.lower()
-        return next((value for key, value in self.headers if key.lower() == name), None)
+        """The first header of that name."""
+        return next((value for key, value in self.headers if key == name), None)
 
     async def iter_chunks(self) -> AsyncIterator[bytes]:
         """The body piece by piece, as it arrives."""

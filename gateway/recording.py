@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import secrets
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -86,7 +87,18 @@ class Recorder:
             redacted_request=redacted[0],
             redacted_response=redacted[1],
         )
-        self._count(outcome, overhead_ms, upstream_ms, self._clock.monotonic_s() - began_s)
+        record_s = self._clock.monotonic_s() - began_s
+        # The client need not wait for this: it is next after the reply that this task is about to send.
+        asyncio.get_running_loop().call_soon(self._tell, outcome, record, task, record_s)
+        if task is not None:
+            await self._bus.publish(Event(OPENED, task.id))
+        return record, task
+
+    def _tell(
+        self, outcome: Outcome, record: DecisionRecord, task: NewTask | None, record_s: float
+    ) -> None:
+        upstream_ms = outcome.answer.upstream_ms if outcome.answer else 0.0
+        self._count(outcome, record.overhead_ms, upstream_ms, record_s)
         _log.info(
             "decision",
             id=record.id,
@@ -97,12 +109,9 @@ class Recorder:
             confidence=record.confidence,
             status=record.status,
             task=task.id if task else None,
-            latency_ms=round(latency_ms, 2),
-            overhead_ms=round(overhead_ms, 2),
+            latency_ms=round(record.latency_ms, 2),
+            overhead_ms=round(record.overhead_ms, 2),
         )
-        if task is not None:
-            await self._bus.publish(Event(OPENED, task.id))
-        return record, task
 
     def _count(
         self, outcome: Outcome, overhead_ms: float, upstream_ms: float, record_s: float
@@ -230,7 +239,7 @@ def was_answered(record: DecisionRecord) -> bool:
 
 def new_id(prefix: str, now: datetime) -> str:
     """A fresh id: a prefix, 48 bits of milliseconds, 80 random bits (as UUIDv7, RFC 9562 section 5.7: later ids sort later)."""
-    return f"{prefix}_{int(now.timestamp() * 1000):012x}{secrets.token_hex(10)}"
+    return f"{prefix}_{int(now.timestamp() * 1000):012x}{os.urandom(10).hex()}"
 
 
 #: Checks report a bounded number of findings, so a body is masked in rounds.

@@ -244,7 +244,9 @@ def _answered(error: Exception, provider: str, api_key: str | None) -> UpstreamR
         "param": None,
         "code": _CODES.get(type(error).__name__),
     }
-    relayed = [(name, value) for name, value in (headers or {}).items() if _RELAYED.fullmatch(name)]
+    relayed = [
+        (name.lower(), value) for name, value in (headers or {}).items() if _RELAYED.fullmatch(name)
+    ]
     return UpstreamResponse(status, [_JSON, *relayed], _once(orjson.dumps({"error": body})))
 
 
