@@ -75,7 +75,7 @@ class ScriptedModels:
         call.attempts.append(Attempt(call.model, answer.status, None, 1.0))
         letting_go = partial(self._closed.add, len(self.calls))
         return UpstreamResponse(
-            answer.status, [(n.lower(), v) for n, v in answer.headers], _chunks(answer), letting_go
+            answer.status, list(answer.headers), _chunks(answer), letting_go
         )
 
     @property
