@@ -102,19 +102,21 @@ class Assembler:
     """Puts the events of one stream together into the body that the same answer would have had without `stream`.
 
     `error` is the error object if the provider sent one, `complete` whether every choice ended; unknown fields survive.
-    `repeats` is set if chunks say in a `message` what their deltas say piece by piece, as some providers' do: that copy is
-    not in the body.
+    `says_more` is set if the events say something that is not in the body, so that they may not go out in its place: chunks
+    with a `message` that repeats what their deltas say piece by piece, as some providers' have, or events of a response
+    that do not lead up to the response in the last one.
     """
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
         self.error: dict[str, Any] | None = None
         self.done = False
-        self.repeats = False
+        self.says_more = False
         self._top: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
         self._final: bytes | None = None
-        self._text = StringIO()
+        self._deltas: dict[_Place, StringIO] = {}
+        self._claims: list[tuple[_Place, Any]] = []
 
     def add(self, event: Event) -> None:
         """Take in one event.
@@ -161,34 +163,63 @@ class Assembler:
         if self.endpoint == RESPONSES:
             if self._final is not None:
                 return self._final
-            part = {"type": "output_text", "text": self._text.getvalue(), "annotations": []}
+            parts = [
+                {"type": "output_text", "text": text.getvalue(), "annotations": []}
+                for text in self._deltas.values()
+            ]
             item = {
                 "type": "message",
                 "role": "assistant",
                 "status": "incomplete",
-                "content": [part],
+                "content": parts,
             }
             return orjson.dumps(
-                {**self._top, "status": "incomplete", "output": [item] if part["text"] else []}
+                {**self._top, "status": "incomplete", "output": [item] if parts else []}
             )
         kind = "chat.completion" if self.endpoint == CHAT else "text_completion"
         choices = [_whole(self._choices[index]) for index in sorted(self._choices)]
         return orjson.dumps({**self._top, "object": kind, "choices": choices})
 
     def _add_response_event(self, chunk: dict[str, Any]) -> None:
-        kind = chunk["type"]
-        if kind == "response.output_text.delta":
-            self._text.write(chunk["delta"])
-        elif kind == "response.created":
-            self._top = {k: v for k, v in chunk["response"].items() if k != "output"}
-        elif kind == "error":
+        kind = chunk.get("type")
+        if not isinstance(kind, str):
+            raise TypeError("an event without a `type`")
+        if kind == "error":
             self.error = {
                 "message": chunk.get("message"),
                 "code": chunk.get("code"),
                 "param": chunk.get("param"),
             }
+            return
+        if self._final is not None:
+            self.says_more = True
+        place = _place(chunk)
+        key = _DELTAS.get(kind)
+        if key is not None:
+            self._deltas.setdefault((*place, key), StringIO()).write(chunk["delta"])
+        for name, value in chunk.items():
+            if name == "delta" and key is not None:
+                continue
+            if name in _HOLDERS:
+                self._claims.append((place[: _HOLDERS[name]], value))
+            elif name == "annotation":
+                self._claims.append(((*place, "annotations", chunk["annotation_index"]), value))
+            elif name not in _UNSPOKEN and not isinstance(value, int | float | None):
+                self._claims.append(((*place, name), value))
+        if kind == "response.created":
+            self._top = {k: v for k, v in chunk["response"].items() if k != "output"}
         elif kind in ("response.completed", "response.incomplete", "response.failed"):
             self._final = orjson.dumps(chunk["response"])
+            self._compare(chunk["response"])
+
+    def _compare(self, response: dict[str, Any]) -> None:
+        """Set `says_more` if the events said anything in a place where the response does not say it."""
+        claims = [*self._claims, *((at, text.getvalue()) for at, text in self._deltas.items())]
+        self.says_more = self.says_more or not all(
+            _leads_to(value, _at(response, place)) for place, value in claims
+        )
+        self._deltas.clear()
+        self._claims.clear()
 
     def _add_chunk(self, chunk: dict[str, Any]) -> None:
         for name, value in chunk.items():
@@ -206,7 +237,7 @@ class Assembler:
     def _add_choice(self, choice: dict[str, Any], delta: dict[str, Any]) -> None:
         for name, value in delta.items():
             if name == "message" and "delta" in delta:
-                self.repeats = True
+                self.says_more = True
             elif name in ("delta", "message"):
                 choice["message"] = _grown(name, choice.get("message", {"content": None}), value)
             elif name == "logprobs":
@@ -215,6 +246,70 @@ class Assembler:
                 choice["text"] = _grown(name, choice.get("text"), value)
             elif name != "index" and (value is not None or name not in choice):
                 choice[name] = value
+
+
+#: A way into a response: names and positions, outermost first.
+_Place = tuple[str | int, ...]
+
+#: Which text the deltas of a kind of event are pieces of.
+_DELTAS = {
+    "response.output_text.delta": "text",
+    "response.refusal.delta": "refusal",
+    "response.reasoning_text.delta": "text",
+    "response.reasoning_summary_text.delta": "text",
+    "response.function_call_arguments.delta": "arguments",
+    "response.mcp_call_arguments.delta": "arguments",
+    "response.custom_tool_call_input.delta": "input",
+    "response.code_interpreter_call_code.delta": "code",
+}
+#: Fields of events that hold a part of the response, and how much of the event's place is where that is.
+_HOLDERS = {"response": 0, "item": 2, "part": 4}
+#: What says nothing to a reader, or may change while a response is made.
+_UNSPOKEN = frozenset(
+    {"type", "id", "item_id", "status", "model", "service_tier", "encrypted_content", "logprobs", "obfuscation"}
+)  # fmt: skip
+
+
+def _place(chunk: dict[str, Any]) -> _Place:
+    """Where in the response an event is at work."""
+    place: _Place = ()
+    for name, index in (
+        ("output", "output_index"),
+        ("content", "content_index"),
+        ("summary", "summary_index"),
+    ):
+        if index in chunk:
+            place = (*place, name, chunk[index])
+    return place
+
+
+def _at(value: Any, place: _Place) -> Any:
+    """What is there; None if nothing is."""
+    for step in place:
+        if isinstance(step, str) and isinstance(value, dict):
+            value = value.get(step)
+        elif isinstance(step, int) and isinstance(value, list) and 0 <= step < len(value):
+            value = value[step]
+        else:
+            return None
+    return value
+
+
+def _leads_to(early: Any, final: Any) -> bool:
+    """Whether all that is said early, in texts however deep, is said in the same place in the end."""
+    if isinstance(early, str):
+        return not early or early == final
+    if isinstance(early, dict):
+        inner: Any = final if isinstance(final, dict) else {}
+        return all(
+            _leads_to(value, inner.get(name))
+            for name, value in early.items()
+            if name not in _UNSPOKEN
+        )
+    if isinstance(early, list):
+        inner = final if isinstance(final, list) else []
+        return all(_leads_to(value, _at(inner, (at,))) for at, value in enumerate(early))
+    return True
 
 
 #: Text that is whole each time it comes; all other text in a delta is a piece of something longer.
@@ -437,8 +532,7 @@ def _response_events(response: dict[str, Any]) -> Iterator[bytes]:
     yield emit("response.created", response=begun)
     yield emit("response.in_progress", response=begun)
     for position, item in enumerate(response.get("output") or ()):
-        empty: dict[str, Any] = {"content": [], "arguments": "", "input": ""}
-        hollow = {**item, "status": "in_progress", **{k: empty[k] for k in empty if k in item}}
+        hollow = {**item, "status": "in_progress", **{k: _HOLLOW[k] for k in _HOLLOW if k in item}}
         yield emit("response.output_item.added", output_index=position, item=hollow)
         yield from _item_events(emit, position, item)
         yield emit("response.output_item.done", output_index=position, item=item)
@@ -447,24 +541,62 @@ def _response_events(response: dict[str, Any]) -> Iterator[bytes]:
     yield emit(f"response.{final}", response=response)
 
 
+#: What an item says before it has said anything.
+_HOLLOW: dict[str, Any] = {"content": [], "summary": [], "arguments": "", "input": "", "code": ""}
+#: Items that say one text, and the name of the events that do.
+_LONE_TEXTS = {
+    "function_call": ("arguments", "function_call_arguments"),
+    "mcp_call": ("arguments", "mcp_call_arguments"),
+    "custom_tool_call": ("input", "custom_tool_call_input"),
+    "code_interpreter_call": ("code", "code_interpreter_call_code"),
+}
+
+
 def _item_events(
     emit: Callable[..., bytes], position: int, item: dict[str, Any]
 ) -> Iterator[bytes]:
     where = {"item_id": item.get("id") or "", "output_index": position}
-    told = {"name": item["name"]} if "name" in item else {}
-    for kind, key in (("function_call", "arguments"), ("custom_tool_call", "input")):
-        if item.get("type") == kind and item.get(key):
-            yield emit(f"response.{kind}_{key}.delta", **where, delta=item[key])
-            yield emit(f"response.{kind}_{key}.done", **where, **told, **{key: item[key]})
-    parts = item.get("content") if item.get("type") == "message" else None
-    for number, part in enumerate(parts if isinstance(parts, list) else ()):
-        place = {**where, "content_index": number}
-        name, key = (
-            ("refusal", "refusal") if part.get("type") == "refusal" else ("output_text", "text")
-        )
-        more = {"logprobs": part.get("logprobs") or []} if key == "text" else {}
-        yield emit("response.content_part.added", **place, part={**part, key: ""})
-        if part.get(key):
-            yield emit(f"response.{name}.delta", **place, delta=part[key], **more)
-            yield emit(f"response.{name}.done", **place, **{key: part[key]}, **more)
-        yield emit("response.content_part.done", **place, part=part)
+    kind = item.get("type")
+    if kind in _LONE_TEXTS:
+        key, name = _LONE_TEXTS[kind]
+        told = {"name": item["name"]} if kind == "function_call" and "name" in item else {}
+        if isinstance(item.get(key), str) and item[key]:
+            yield emit(f"response.{name}.delta", **where, delta=item[key])
+            yield emit(f"response.{name}.done", **where, **told, **{key: item[key]})
+    elif kind == "message":
+        for number, part in _parts(item, "content"):
+            place = {**where, "content_index": number}
+            key = "refusal" if part.get("type") == "refusal" else "text"
+            name = "refusal" if key == "refusal" else "output_text"
+            more = {"logprobs": part.get("logprobs") or []} if key == "text" else {}
+            yield emit("response.content_part.added", **place, part={**part, key: ""})
+            yield from _text_events(emit, name, key, place, part, more)
+            yield emit("response.content_part.done", **place, part=part)
+    elif kind == "reasoning":
+        for number, part in _parts(item, "summary"):
+            place = {**where, "summary_index": number}
+            name = "reasoning_summary"
+            yield emit(f"response.{name}_part.added", **place, part={**part, "text": ""})
+            yield from _text_events(emit, f"{name}_text", "text", place, part, {})
+            yield emit(f"response.{name}_part.done", **place, part=part)
+        for number, part in _parts(item, "content"):
+            place = {**where, "content_index": number}
+            yield from _text_events(emit, "reasoning_text", "text", place, part, {})
+
+
+def _parts(item: dict[str, Any], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    parts = item.get(name)
+    yield from enumerate(parts if isinstance(parts, list) else ())
+
+
+def _text_events(
+    emit: Callable[..., bytes],
+    name: str,
+    key: str,
+    place: dict[str, Any],
+    part: dict[str, Any],
+    more: dict[str, Any],
+) -> Iterator[bytes]:
+    if part.get(key):
+        yield emit(f"response.{name}.delta", **place, delta=part[key], **more)
+        yield emit(f"response.{name}.done", **place, **{key: part[key]}, **more)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
 
 import orjson
 import structlog
 from starlette.types import Receive, Scope, Send
 
 from gateway import sse, wire
-from gateway.api.asgi import Exchange
+from gateway.api.asgi import Exchange, let_go
 from gateway.auth import Caller
 from gateway.calls import Call, Headers, Held, Patience, Reply, make_call, relayed
 from gateway.errors import (
@@ -157,14 +158,16 @@ class OpenAIEdge:
                         200, [event_stream, ("x-holdgate-decision", exchange.id), *opening]
                     )
                 await exchange.send(sse.comment("checking"), more=True)
-        except asyncio.CancelledError:
+            if exchange.started:
+                async with aclosing(_late(endpoint, working)) as parts:
+                    await exchange.send_parts(parts)
+            else:
+                await exchange.respond(working.result())
+        finally:
             working.cancel()
             await asyncio.wait([working])
-            raise
-        if exchange.started:
-            await exchange.send_parts(_late(endpoint, working))
-        else:
-            await exchange.respond(working.result())
+            if not working.cancelled() and working.exception() is None:
+                await let_go(working.result())
 
     # ---------------------------------------------------------------------------------------- what is kept here
 
@@ -201,6 +204,7 @@ class OpenAIEdge:
 
     async def _list(self, exchange: Exchange, caller: Caller) -> None:
         """List what the provider stored, without what its client did not get as it was."""
+        self._allow_unchecked(exchange)
         exchange.watch()
         call = UpstreamCall(
             "GET",
@@ -213,7 +217,7 @@ class OpenAIEdge:
         body = await response.read(self._services.settings.limits.response_bytes)
         if 200 <= response.status < 300:
             body = await self._without_withheld(body)
-        headers = [*relayed(response.headers), ("x-request-id", exchange.id)]
+        headers = [*relayed(response.headers), *_unchecked(exchange)]
         await exchange.respond(Reply(response.status, headers, body))
 
     async def _without_withheld(self, body: bytes) -> bytes:
@@ -242,12 +246,7 @@ class OpenAIEdge:
     ) -> None:
         """Let a request and its response through untouched and unbuffered, and say that nothing was checked."""
         services = self._services
-        if not services.settings.passthrough.allows(exchange.path):
-            raise Forbidden(
-                f"Policies cannot be enforced on {exchange.path}, and `passthrough` in holdgate.yaml refuses it.",
-                code="path_refused",
-            )
-        services.metrics.unchecked.labels(why).inc()
+        self._allow_unchecked(exchange, why)
         if body is None and not exchange.has_body:
             body = b""
             exchange.watch()
@@ -261,9 +260,22 @@ class OpenAIEdge:
         )
         async with await services.models.send(call) as response:
             lengths = [(n, v) for n, v in response.headers if n.lower() == "content-length"]
-            ours = [("x-request-id", exchange.id), ("x-holdgate-action", "passthrough")]
-            headers = [*relayed(response.headers), *lengths, *ours]
+            headers = [*relayed(response.headers), *lengths, *_unchecked(exchange)]
             await exchange.respond(Reply(response.status, headers, response.iter_chunks()))
+
+    def _allow_unchecked(self, exchange: Exchange, why: str = "path") -> None:
+        """Raise `Forbidden` unless `passthrough` allows the path; if it does, count it."""
+        if not self._services.settings.passthrough.allows(exchange.path):
+            raise Forbidden(
+                f"Policies cannot be enforced on {exchange.path}, and `passthrough` in holdgate.yaml refuses it.",
+                code="path_refused",
+            )
+        self._services.metrics.unchecked.labels(why).inc()
+
+
+def _unchecked(exchange: Exchange) -> Headers:
+    """What a client is told of an answer that no policy looked at."""
+    return [("x-request-id", exchange.id), ("x-holdgate-action", "passthrough")]
 
 
 def _differs(record: DecisionRecord) -> bool:
@@ -285,7 +297,7 @@ def _error_reply(exchange: Exchange, error: GatewayError) -> Reply:
     return Reply(error.status, list(headers.items()), error.body())
 
 
-async def _late(endpoint: str, working: asyncio.Future[Reply]) -> AsyncIterator[bytes]:
+async def _late(endpoint: str, working: asyncio.Future[Reply]) -> AsyncGenerator[bytes]:
     """The rest of a stream that was opened before there was a reply."""
     try:
         reply = working.result()

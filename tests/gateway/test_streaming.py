@@ -449,12 +449,18 @@ def test_a_policy_that_neither_blocks_nor_redacts_lets_everything_through(
         {"index": 0, "message": {"content": "CODE-1234"}},
         {"index": None, "delta": {"content": "CODE-1234"}},
         {"delta": {"refusal": "CODE-1234"}},
+        {"delta": {"content": [{"type": "x", "transcript": "CODE-1234"}]}},
     ],
     ids=lambda choice: "-".join(choice),
 )
 def test_every_place_for_text_is_looked_at(choice: dict[str, Any]) -> None:
     with pytest.raises(ResponseBlocked, match="codes"):
         heard(acting(CODES, "block"), {"choices": [choice]})
+
+
+def test_speech_is_not_let_through() -> None:
+    with pytest.raises(ResponseBlocked, match="speech"):
+        heard(acting(CODES, "block"), {"choices": [{"delta": {"audio": {"data": "UklGRg=="}}}]})
 
 
 def test_calls_without_a_number_are_texts_of_their_own() -> None:
