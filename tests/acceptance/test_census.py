@@ -13,8 +13,9 @@ import httpx
 import pytest
 
 from tests.acceptance.acting import ENDPOINTS, PATHS, request, scripted
-from tests.acceptance.conftest import FixedUpstream, Submit
+from tests.acceptance.conftest import POLICIES, FixedUpstream, Submit
 from tests.acceptance.wire import SECRET, events, said
+from tests.conftest import GatewayFactory, UpstreamCalls
 from tests.processes import Server
 
 CODE = "CODE-1234"
@@ -321,6 +322,18 @@ def send(
 # ------------------------------------------------------------------------------- what the provider stored
 
 
+@pytest.mark.parametrize(
+    "path", ["chat/completions", "conversations/conv_1/items", "chat/completions/chatcmpl-1"]
+)
+def test_what_the_provider_stored_is_not_to_be_had_where_passthrough_refuses(
+    gateway: GatewayFactory, upstream_calls: UpstreamCalls, path: str
+) -> None:
+    server = gateway({"hold": POLICIES["hold"]}, passthrough={"default": "refuse"})
+    answer = httpx.get(f"{server.url}/v1/{path}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "path_refused")
+    assert upstream_calls() == []
+
+
 @contextmanager
 def stored(http: httpx.Client, endpoint: str, task: str, text: str, name: str) -> Iterator[str]:
     """Have a response with an id that the demo upstream then says it has stored."""
@@ -390,8 +403,9 @@ def test_an_approved_response_is_fetched_by_either_name(http: httpx.Client, subm
 
 
 def test_the_list_of_stored_completions_leaves_out_what_was_kept_back(http: httpx.Client) -> None:
-    listed = http.get(PATHS["chat"], params={"limit": 2}).json()
-    assert [item["id"] for item in listed["data"]] == ["chatcmpl-demo0", "chatcmpl-demo1"]
+    listed = http.get(PATHS["chat"], params={"limit": 2})
+    assert [item["id"] for item in listed.json()["data"]] == ["chatcmpl-demo0", "chatcmpl-demo1"]
+    assert listed.headers["x-holdgate-action"] == "passthrough"
     with stored(http, "chat", "hold", "Wait.", "chatcmpl-demo1"):
         for query in ({}, {"limit": 2}):
             answer = http.get(PATHS["chat"], params=query)

@@ -155,7 +155,7 @@ def redacted(rules: Policy, texts: dict[Lane, str]) -> dict[Lane, str]:
 _FRAGMENTS = [
     "CODE-1234", "CODE", "-", "1234", "12", "4242 4242 4242 4242", "4242424242424242", "ada@example.com",
     "@example.com", "+49 30 901820", "GB82 WEST 1234 5698 7654 32", "a", "aa", "b", "ab", " ", "\n", ".", "secret",
-    "SECRET", "sec", "ret", "\u200b", "\u0301", "Ｃ", "ＯＤＥ－１２３４", "é", "\\u0043ODE-1234", "\\", "\\u00", "34",
+    "10.8.8.8", "8.8.", "2001:4860:4860::8888", "fe80::1", ":", "212 555 2368", "SECRET", "sec", "ret", "\u200b", "\u0301", "Ｃ", "ＯＤＥ－１２３４", "é", "\\u0043ODE-1234", "\\", "\\u00", "34",
     "\\ud83d\\ude00", "🦉", "한", "ᄒ", "ᅡ", "{", "}", "[", '"', '{"card": "4242424242424242"}', "x" * 40, "9" * 30,
 ]  # fmt: skip
 mixed = st.lists(st.sampled_from(_FRAGMENTS) | st.text(max_size=4), max_size=40).map("".join)
@@ -189,9 +189,10 @@ scans = st.lists(
     | st.sets(st.sampled_from(_PATTERNS), min_size=1, max_size=3).map(
         lambda chosen: {"use": "redact", "patterns": sorted(chosen), "replacement": ""}
     )
-    | st.sets(st.sampled_from(["card", "us_ssn", "iban", "email", "phone"]), min_size=1).map(
+    | st.sets(st.sampled_from(["card", "us_ssn", "iban", "email", "phone", "ip"]), min_size=1).map(
         lambda kinds: {"use": "pii", "kinds": sorted(kinds)}
-    ),
+    )
+    | st.just({"use": "pii", "kinds": ["phone"], "region": "US"}),
     min_size=1,
     max_size=3,
 ).map(lambda chosen: [{"id": f"check_{n}", **each} for n, each in enumerate(chosen)])
