@@ -53,7 +53,9 @@ def _as_json(path: str, text: str) -> Any:
     try:
         return orjson.loads(text)
     except ValueError as error:
-        raise Unreadable(f"The new text of {path} is no JSON, as the old one was: {error}.") from error
+        raise Unreadable(
+            f"The new text of {path} is no JSON, as the old one was: {error}."
+        ) from error
 
 
 def _locate(document: Any, path: str) -> tuple[Any, str | int]:

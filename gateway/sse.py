@@ -9,7 +9,7 @@ WHATWG HTML, section 9.2 "Server-sent events" (the event stream format); OpenAI 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import orjson
 
+from gateway import responses
 from gateway.errors import GatewayError
 from gateway.wire import CHAT, NO_RAW, RESPONSES, Message, Unreadable, is_too_deep, says_something
 
@@ -115,8 +116,7 @@ class Assembler:
         self._top: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
         self._final: bytes | None = None
-        self._deltas: dict[_Place, StringIO] = {}
-        self._claims: list[tuple[_Place, Any]] = []
+        self._told = responses.Told()
 
     def add(self, event: Event) -> None:
         """Take in one event.
@@ -164,8 +164,8 @@ class Assembler:
             if self._final is not None:
                 return self._final
             parts = [
-                {"type": "output_text", "text": text.getvalue(), "annotations": []}
-                for text in self._deltas.values()
+                {"type": "output_text", "text": text, "annotations": []}
+                for text in self._told.texts
             ]
             item = {
                 "type": "message",
@@ -191,35 +191,13 @@ class Assembler:
                 "param": chunk.get("param"),
             }
             return
-        if self._final is not None:
-            self.says_more = True
-        place = _place(chunk)
-        key = _DELTAS.get(kind)
-        if key is not None:
-            self._deltas.setdefault((*place, key), StringIO()).write(chunk["delta"])
-        for name, value in chunk.items():
-            if name == "delta" and key is not None:
-                continue
-            if name in _HOLDERS:
-                self._claims.append((place[: _HOLDERS[name]], value))
-            elif name == "annotation":
-                self._claims.append(((*place, "annotations", chunk["annotation_index"]), value))
-            elif name not in _UNSPOKEN and not isinstance(value, int | float | None):
-                self._claims.append(((*place, name), value))
+        self.says_more = self.says_more or self._final is not None
+        self._told.add(chunk)
         if kind == "response.created":
             self._top = {k: v for k, v in chunk["response"].items() if k != "output"}
         elif kind in ("response.completed", "response.incomplete", "response.failed"):
             self._final = orjson.dumps(chunk["response"])
-            self._compare(chunk["response"])
-
-    def _compare(self, response: dict[str, Any]) -> None:
-        """Set `says_more` if the events said anything in a place where the response does not say it."""
-        claims = [*self._claims, *((at, text.getvalue()) for at, text in self._deltas.items())]
-        self.says_more = self.says_more or not all(
-            _leads_to(value, _at(response, place)) for place, value in claims
-        )
-        self._deltas.clear()
-        self._claims.clear()
+            self.says_more = self.says_more or not self._told.leads_to(chunk["response"])
 
     def _add_chunk(self, chunk: dict[str, Any]) -> None:
         for name, value in chunk.items():
@@ -246,70 +224,6 @@ class Assembler:
                 choice["text"] = _grown(name, choice.get("text"), value)
             elif name != "index" and (value is not None or name not in choice):
                 choice[name] = value
-
-
-#: A way into a response: names and positions, outermost first.
-_Place = tuple[str | int, ...]
-
-#: Which text the deltas of a kind of event are pieces of.
-_DELTAS = {
-    "response.output_text.delta": "text",
-    "response.refusal.delta": "refusal",
-    "response.reasoning_text.delta": "text",
-    "response.reasoning_summary_text.delta": "text",
-    "response.function_call_arguments.delta": "arguments",
-    "response.mcp_call_arguments.delta": "arguments",
-    "response.custom_tool_call_input.delta": "input",
-    "response.code_interpreter_call_code.delta": "code",
-}
-#: Fields of events that hold a part of the response, and how much of the event's place is where that is.
-_HOLDERS = {"response": 0, "item": 2, "part": 4}
-#: What says nothing to a reader, or may change while a response is made.
-_UNSPOKEN = frozenset(
-    {"type", "id", "item_id", "status", "model", "service_tier", "encrypted_content", "logprobs", "obfuscation"}
-)  # fmt: skip
-
-
-def _place(chunk: dict[str, Any]) -> _Place:
-    """Where in the response an event is at work."""
-    place: _Place = ()
-    for name, index in (
-        ("output", "output_index"),
-        ("content", "content_index"),
-        ("summary", "summary_index"),
-    ):
-        if index in chunk:
-            place = (*place, name, chunk[index])
-    return place
-
-
-def _at(value: Any, place: _Place) -> Any:
-    """What is there; None if nothing is."""
-    for step in place:
-        if isinstance(step, str) and isinstance(value, dict):
-            value = value.get(step)
-        elif isinstance(step, int) and isinstance(value, list) and 0 <= step < len(value):
-            value = value[step]
-        else:
-            return None
-    return value
-
-
-def _leads_to(early: Any, final: Any) -> bool:
-    """Whether all that is said early, in texts however deep, is said in the same place in the end."""
-    if isinstance(early, str):
-        return not early or early == final
-    if isinstance(early, dict):
-        inner: Any = final if isinstance(final, dict) else {}
-        return all(
-            _leads_to(value, inner.get(name))
-            for name, value in early.items()
-            if name not in _UNSPOKEN
-        )
-    if isinstance(early, list):
-        inner = final if isinstance(final, list) else []
-        return all(_leads_to(value, _at(inner, (at,))) for at, value in enumerate(early))
-    return True
 
 
 #: Text that is whole each time it comes; all other text in a delta is a piece of something longer.
@@ -476,7 +390,8 @@ def stream_of(endpoint: str, body: bytes, *, include_usage: bool) -> Iterator[by
     """The events that say what this non-streamed body says, `[DONE]` last where the endpoint has one."""
     document = orjson.loads(body)
     if endpoint == RESPONSES:
-        yield from _response_events(document)
+        for told in responses.events_of(document):
+            yield encode(orjson.dumps(told), told["type"])
         return
     usage = document.pop("usage", None)
     choices = document.pop("choices", [])
@@ -511,92 +426,3 @@ def _chat_pieces(choice: dict[str, Any]) -> Iterable[dict[str, Any]]:
         yield {**silent, "delta": {"tool_calls": [{**call, "index": number}]}}
     rest = {k: v for k, v in choice.items() if k not in ("message", "logprobs")}
     yield {**silent, **rest, "delta": {}}
-
-
-def _response_events(response: dict[str, Any]) -> Iterator[bytes]:
-    numbered = 0
-
-    def emit(kind: str, **fields: Any) -> bytes:
-        nonlocal numbered
-        numbered += 1
-        data = {"type": kind, "sequence_number": numbered - 1, **fields}
-        return encode(orjson.dumps(data), kind)
-
-    begun = {
-        **response,
-        "status": "in_progress",
-        "output": [],
-        "usage": None,
-        "incomplete_details": None,
-    }
-    yield emit("response.created", response=begun)
-    yield emit("response.in_progress", response=begun)
-    for position, item in enumerate(response.get("output") or ()):
-        hollow = {**item, "status": "in_progress", **{k: _HOLLOW[k] for k in _HOLLOW if k in item}}
-        yield emit("response.output_item.added", output_index=position, item=hollow)
-        yield from _item_events(emit, position, item)
-        yield emit("response.output_item.done", output_index=position, item=item)
-    status = response.get("status")
-    final = status if status in ("completed", "incomplete", "failed") else "completed"
-    yield emit(f"response.{final}", response=response)
-
-
-#: What an item says before it has said anything.
-_HOLLOW: dict[str, Any] = {"content": [], "summary": [], "arguments": "", "input": "", "code": ""}
-#: Items that say one text, and the name of the events that do.
-_LONE_TEXTS = {
-    "function_call": ("arguments", "function_call_arguments"),
-    "mcp_call": ("arguments", "mcp_call_arguments"),
-    "custom_tool_call": ("input", "custom_tool_call_input"),
-    "code_interpreter_call": ("code", "code_interpreter_call_code"),
-}
-
-
-def _item_events(
-    emit: Callable[..., bytes], position: int, item: dict[str, Any]
-) -> Iterator[bytes]:
-    where = {"item_id": item.get("id") or "", "output_index": position}
-    kind = item.get("type")
-    if kind in _LONE_TEXTS:
-        key, name = _LONE_TEXTS[kind]
-        told = {"name": item["name"]} if kind == "function_call" and "name" in item else {}
-        if isinstance(item.get(key), str) and item[key]:
-            yield emit(f"response.{name}.delta", **where, delta=item[key])
-            yield emit(f"response.{name}.done", **where, **told, **{key: item[key]})
-    elif kind == "message":
-        for number, part in _parts(item, "content"):
-            place = {**where, "content_index": number}
-            key = "refusal" if part.get("type") == "refusal" else "text"
-            name = "refusal" if key == "refusal" else "output_text"
-            more = {"logprobs": part.get("logprobs") or []} if key == "text" else {}
-            yield emit("response.content_part.added", **place, part={**part, key: ""})
-            yield from _text_events(emit, name, key, place, part, more)
-            yield emit("response.content_part.done", **place, part=part)
-    elif kind == "reasoning":
-        for number, part in _parts(item, "summary"):
-            place = {**where, "summary_index": number}
-            name = "reasoning_summary"
-            yield emit(f"response.{name}_part.added", **place, part={**part, "text": ""})
-            yield from _text_events(emit, f"{name}_text", "text", place, part, {})
-            yield emit(f"response.{name}_part.done", **place, part=part)
-        for number, part in _parts(item, "content"):
-            place = {**where, "content_index": number}
-            yield from _text_events(emit, "reasoning_text", "text", place, part, {})
-
-
-def _parts(item: dict[str, Any], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    parts = item.get(name)
-    yield from enumerate(parts if isinstance(parts, list) else ())
-
-
-def _text_events(
-    emit: Callable[..., bytes],
-    name: str,
-    key: str,
-    place: dict[str, Any],
-    part: dict[str, Any],
-    more: dict[str, Any],
-) -> Iterator[bytes]:
-    if part.get(key):
-        yield emit(f"response.{name}.delta", **place, delta=part[key], **more)
-        yield emit(f"response.{name}.done", **place, **{key: part[key]}, **more)

@@ -392,16 +392,11 @@ def _read_responses(body: bytes) -> Reading:
                 _read_part(f"{path}.{kind}[{position}]", part, into, refusals)
                 raws.append(part.logprobs)
                 tokens += _TOKENS.decode(part.logprobs) or ()
-        acted = _raw_passages(path, item, _ACTED)
-        called = _raw_passages(path, item, _CALLED)
-        name = item.name or ""
-        if item.type in _CLIENT_ACTS:
-            called += acted
-            name = item.type.removesuffix("_call")
-        else:
-            hosted += acted
-        calls += (ToolCall(name, passage) for passage in called)
-        hosted += _raw_passages(path, item, _HOSTED)
+        acts = item.type in _CLIENT_ACTS
+        called, ran = (_CALLED + _ACTED, _HOSTED) if acts else (_CALLED, _ACTED + _HOSTED)
+        name = item.type.removesuffix("_call") if acts else item.name or ""
+        calls += (ToolCall(name, passage) for passage in _raw_passages(path, item, called))
+        hosted += _raw_passages(path, item, ran)
     reason = response.incomplete_details.reason if response.incomplete_details else None
     finish = {"max_output_tokens": "length"}.get(reason or "", reason) or response.status
     choice = Choice(

@@ -165,7 +165,10 @@ def test_a_rule_fires_on_speech(
     def audio(text: str) -> dict[str, Any]:
         return {"audio": {"id": "a", "data": "UklGRg==", "transcript": text}}
 
-    pieces = [*({"delta": audio(text)} for text in ("CODE", "-1234")), {"finish_reason": "stop"}]
+    pieces: list[dict[str, Any]] = [
+        *({"delta": audio(text)} for text in ("CODE", "-1234")),
+        {"finish_reason": "stop"},
+    ]
     chunks = [{"choices": [{"index": 0, **piece}]} for piece in pieces]
     lines = [b"data: " + json.dumps(chunk).encode() for chunk in chunks]
     stream = b"\n\n".join([*lines, b"data: [DONE]", b""])
@@ -185,8 +188,16 @@ def test_events_that_say_other_things_than_the_response_are_not_a_way_around(
     http: httpx.Client, fixed_upstream: FixedUpstream
 ) -> None:
     item = {"type": "message", "id": "m", "content": [{"type": "output_text", "text": "Fine."}]}
-    last = {"type": "response.completed", "response": {"id": "r", "status": "completed", "output": [item]}}
-    told = {"type": "response.output_text.delta", "output_index": 0, "content_index": 0, "delta": CODE}
+    last = {
+        "type": "response.completed",
+        "response": {"id": "r", "status": "completed", "output": [item]},
+    }
+    told = {
+        "type": "response.output_text.delta",
+        "output_index": 0,
+        "content_index": 0,
+        "delta": CODE,
+    }
     sent = [b"data: %s\n\n" % json.dumps(each).encode() for each in (told, last)]
     fixed_upstream.answers["fixed-liar"] = ("text/event-stream", sent)
     body = request("responses", "guard", "Hi", stream=True) | {"model": "fixed-liar"}

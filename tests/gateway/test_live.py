@@ -335,8 +335,13 @@ FINE = orjson.loads(orjson.dumps(RESPONSE).replace(b"secret", b"remark"))
 
 def lying(final: dict[str, Any]) -> Says:
     """A stream whose deltas say a secret and whose last event is another response."""
-    told = {"type": "response.output_text.delta", "output_index": 0, "content_index": 0, "delta": "a secret"}
-    last = {"type": f"response.{final['status']}", "response": final}
+    told: dict[str, Any] = {
+        "type": "response.output_text.delta",
+        "output_index": 0,
+        "content_index": 0,
+        "delta": "a secret",
+    }
+    last: dict[str, Any] = {"type": f"response.{final['status']}", "response": final}
     return Says([sse.encode(orjson.dumps(each), each["type"]) for each in (told, last)], headers=STREAM)  # fmt: skip
 
 

@@ -287,9 +287,15 @@ def test_what_tools_of_a_response_are_asked_and_give_back() -> None:
 
 
 def test_a_mask_on_json_that_was_read_as_text_leaves_json() -> None:
-    body = json.dumps({"output": [{"type": "local_shell_call", "action": {"command": ["say", 'a "secret"']}}]}).encode()
+    body = json.dumps(
+        {"output": [{"type": "local_shell_call", "action": {"command": ["say", 'a "secret"']}}]}
+    ).encode()
     reading = wire.read_response(RESPONSES, body)
-    found = scan_of("redact", patterns=["secret"], target=["text", "tool_arguments"]).run(Exchange(RESPONSES, {}, reading.choices)).findings
+    found = (
+        scan_of("redact", patterns=["secret"], target=["text", "tool_arguments"])
+        .run(Exchange(RESPONSES, {}, reading.choices))
+        .findings
+    )
     edited = edits.with_texts(body, edits.redacted_texts(reading, found), reading)
     assert json.loads(edited)["output"][0]["action"]["command"][0] == "say"
     assert b"secret" not in edited
@@ -310,7 +316,11 @@ def test_speech_is_text_and_goes_when_its_transcript_is_masked(
     whole = json.dumps(body).encode()
     reading = wire.read_response(endpoint, whole)
     assert reading.choices[0].text == "a secret"
-    found = scan_of("redact", patterns=["secret"], target=["text", "tool_arguments"]).run(Exchange(endpoint, {}, reading.choices)).findings
+    found = (
+        scan_of("redact", patterns=["secret"], target=["text", "tool_arguments"])
+        .run(Exchange(endpoint, {}, reading.choices))
+        .findings
+    )
     edited = edits.with_texts(whole, edits.redacted_texts(reading, found), reading)
     assert b"secret" not in edited
     assert b"UklGRg" not in edited
