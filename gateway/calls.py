@@ -42,6 +42,16 @@ _ELEMENT = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^",])+')
 _MAX_PREFER_CHARS = 1_000
 
 
+def combined(headers: Headers) -> dict[str, str]:
+    """Each header's value by its name; of a name that is there several times, a list of all (RFC 9110, section 5.3)."""
+    values = dict(headers)
+    if len(values) != len(headers):
+        values.clear()
+        for name, value in headers:
+            values[name] = f"{values[name]}, {value}" if name in values else value
+    return values
+
+
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long this caller waits: `Prefer` (RFC 7240, sections 4.1 and 4.3) and the SDK's own timeout, in seconds."""
@@ -139,7 +149,7 @@ def make_call(
     InvalidRequest
         If the body is not a JSON object, or `model` or `metadata` have the wrong type.
     """
-    values = dict(headers)
+    values = combined(headers)
     try:
         request = wire.parse_request(body)
         facts = wire.facts(

@@ -94,7 +94,7 @@ def init(folder: Annotated[Path, typer.Argument(help="where to write the files")
     if target.exists():
         _fail(f"{target} is there already; remove it, or choose another folder.")
     shutil.copytree(PACKAGED_CONFIG, folder, dirs_exist_ok=True)
-    out.print(f"Wrote {target}, policies/, schemas/ and calibrators/. Next: [b]holdgate serve[/b]")
+    out.print(f"Wrote {target}, policies/ and what they use. Next: [b]holdgate serve[/b]")
 
 
 @app.command()
@@ -129,7 +129,7 @@ def lint(
     """Check policies: exits 1 with file:line:column of every problem, 0 if there are only warnings or none."""
     from gateway.policy_files import load  # noqa: PLC0415 - only this command needs it
 
-    settings = _settings(_config_path(config))
+    settings = _settings(_config_path(config), secrets=False)
     count = 0
     for folder in paths or [settings.policies]:
         calibrators = settings.calibrators if not paths else folder.parent / "calibrators"
@@ -195,7 +195,7 @@ def revoke_key(name: Annotated[str, typer.Argument()], config: ConfigOption = No
 
 
 def _with_store(config: Path | None, act: Callable[[SqlStore], Awaitable[T]]) -> T:
-    url = _settings(_config_path(config)).store.url
+    url = _settings(_config_path(config), secrets=False).store.url
 
     async def run() -> T:
         store = await open_store(url)
@@ -218,9 +218,9 @@ def _config_path(given: Path | None) -> Path | None:
     return Path(named) if named else default if default.exists() else None
 
 
-def _settings(path: Path | None) -> Settings:
+def _settings(path: Path | None, *, secrets: bool = True) -> Settings:
     try:
-        return load_settings(path, os.environ)
+        return load_settings(path, os.environ, secrets=secrets)
     except SettingsError as error:
         _fail(str(error))
 

@@ -27,7 +27,7 @@ def with_texts(body: bytes, texts: Mapping[str, str], reading: Reading) -> bytes
     KeyError
         If a path is not that of a passage of this body.
     Unreadable
-        If a text is not Unicode.
+        If a text is not Unicode, or not JSON where JSON was.
     """
     document = orjson.loads(without_logprobs(body, reading))
     known = {passage.path for choice in reading.choices for passage in passages_of(choice)}
@@ -35,7 +35,10 @@ def with_texts(body: bytes, texts: Mapping[str, str], reading: Reading) -> bytes
         if path not in known:
             raise KeyError(path)
         holder, key = _locate(document, path)
-        holder[key] = text
+        holder[key] = text if isinstance(holder[key], str) else _as_json(path, text)
+        if key == "transcript" and "data" in holder:
+            # The recording says what its transcript said.
+            holder["data"] = ""
     if reading.endpoint == RESPONSES and "output_text" in document:
         said = (texts.get(passage.path, passage.text) for passage in reading.choices[0].texts)
         document["output_text"] = "".join(said)
@@ -43,6 +46,16 @@ def with_texts(body: bytes, texts: Mapping[str, str], reading: Reading) -> bytes
         return orjson.dumps(document)
     except TypeError as error:
         raise Unreadable(f"The new text cannot be written: {error}.") from error
+
+
+def _as_json(path: str, text: str) -> Any:
+    """What takes the place of JSON that was read as text: JSON again."""
+    try:
+        return orjson.loads(text)
+    except ValueError as error:
+        raise Unreadable(
+            f"The new text of {path} is no JSON, as the old one was: {error}."
+        ) from error
 
 
 def _locate(document: Any, path: str) -> tuple[Any, str | int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 
 from gateway import sse
 from gateway.asking import Answer, read_collected
@@ -29,7 +29,7 @@ class LiveStreams:
         self._response_bytes = response_bytes
         self._ending: set[asyncio.Future[GatewayError | None]] = set()
 
-    def reply(self, call: Call, match: Match, answer: Answer, mode: StreamMode) -> Reply:
+    async def reply(self, call: Call, match: Match, answer: Answer, mode: StreamMode) -> Reply:
         """The reply to a call whose answer is a stream still to come; what is decided on it can only be asked for later."""
         headers = [
             *relayed(answer.headers),
@@ -37,7 +37,10 @@ class LiveStreams:
             ("x-holdgate-decision", call.id),
             ("x-holdgate-policy", match.policy.label),
         ]
-        return Reply(200, headers, self._events(call, match, answer, mode))
+        events = self._events(call, match, answer, mode)
+        # A generator that has not begun ends without a word, and with it the call to the provider and its record.
+        await anext(events)
+        return Reply(200, headers, events)
 
     async def drain(self) -> None:
         """Wait until the decisions of streams whose clients left are durable."""
@@ -45,8 +48,8 @@ class LiveStreams:
 
     async def _events(
         self, call: Call, match: Match, answer: Answer, mode: StreamMode
-    ) -> AsyncIterator[bytes]:
-        """The stream as it comes, decided on and recorded before its end is let through."""
+    ) -> AsyncGenerator[bytes]:
+        """The stream as it comes behind an empty part, decided on and recorded before its end is let through."""
         assert answer.live is not None
         collected = Collected(sse.Assembler(call.endpoint))
         window = Window(match.policy) if mode is StreamMode.WINDOW else None
@@ -71,6 +74,7 @@ class LiveStreams:
             conclude=conclude,
         ).events()
         try:
+            yield b""
             async for part in events:
                 yield part
         except (GeneratorExit, asyncio.CancelledError):
@@ -80,6 +84,7 @@ class LiveStreams:
             raise
         finally:
             await events.aclose()
+            await answer.live.close()
 
     async def _conclude(
         self, call: Call, match: Match, answer: Answer, collected: Collected
@@ -101,6 +106,8 @@ class LiveStreams:
                 judgement = stopped(judgement, answer.message)
             body = answer.delivered_body(judgement.decision)
             note = answer.message or None
+            if collected.assembler.says_more:
+                note = note or "the stream said more than what was checked: its whole answer"
             record, _ = await self._recorder.record(
                 Outcome(call, match, judgement, answer, body, note)
             )

@@ -19,6 +19,7 @@ from gateway.live import LiveStreams
 from gateway.ports import Clock, Store
 from gateway.recording import Outcome, Recorder, blocked, was_answered
 from gateway.records import DecisionRecord, TaskState
+from gateway.window import can_follow
 from policies import Action, Match, Mode, Policy, StreamMode, effective_stream
 
 _ATTACH_WINDOW = timedelta(hours=24)
@@ -100,7 +101,7 @@ class Pipeline:
     async def _answer_anew(self, call: Call, match: Match) -> Reply | Held:
         policy = match.policy
         mode = effective_stream(policy) if call.streamed else StreamMode.BUFFER
-        if call.endpoint == wire.RESPONSES and mode is StreamMode.WINDOW:
+        if mode is StreamMode.WINDOW and not can_follow(call.endpoint, call.request):
             mode = StreamMode.BUFFER
         question = self._asker.question(call, policy)
         attempts_left = policy.regenerate.attempts if call.endpoint != wire.COMPLETIONS else 0
@@ -111,7 +112,7 @@ class Pipeline:
                 await self._record_failure(call, match, None, Action.BLOCK, error.message)
                 raise
             if answer.live is not None:
-                return self._live.reply(call, match, answer, mode)
+                return await self._live.reply(call, match, answer, mode)
             if not answer.is_usable:
                 return await self._fail(call, match, answer)
             judgement = self._assessor.judge(call, policy, answer, attempts_left)
@@ -131,7 +132,7 @@ class Pipeline:
         if record.action is Action.HOLD and task is not None:
             return self._held(call, match.policy, record, task.id)
         stream = answer.collected
-        if stream is None or judgement.decision.redactions or stream.assembler.repeats:
+        if stream is None or judgement.decision.redactions or stream.assembler.says_more:
             return _reply(call, record, answer, body)
         replayed = stream.replay(strip=answer.question.injected)
         return _reply(call, record, answer, replayed, is_stream=True)
@@ -158,9 +159,9 @@ class Pipeline:
         record = await self._record_failure(call, match, answer, action, note)
         if not relay:
             raise UpstreamError(answer.message, code=f"upstream_{answer.fault}")
-        if answer.collected is None:
-            as_it_is = answer.fault is not None
-            return _reply(call, record, answer, answer.client_body(), is_stream=as_it_is)
+        is_read = answer.fault is None
+        if answer.collected is None or (is_read and answer.collected.assembler.says_more):
+            return _reply(call, record, answer, answer.client_body(), is_stream=not is_read)
         stream = answer.collected.replay(strip=answer.question.injected)
         return _reply(call, record, answer, stream, is_stream=True)
 

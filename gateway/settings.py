@@ -190,8 +190,10 @@ class Settings(Section):
         return self._secrets[variable] if variable else None
 
 
-def load_settings(path: Path | None, env: Mapping[str, str]) -> Settings:
+def load_settings(path: Path | None, env: Mapping[str, str], *, secrets: bool = True) -> Settings:
     """Read the settings of a file and of the variables `HOLDGATE_<PATH>`, which win.
+
+    Without `secrets`, the variables named by settings need not be set, and `Settings.secret` knows none.
 
     Folders named in the file are relative to it; `calibrators` is beside `policies` if not named.
     An entry of `models` that names neither address nor key (and the one there is without `models`) takes them from
@@ -221,11 +223,13 @@ def load_settings(path: Path | None, env: Mapping[str, str]) -> Settings:
         settings = Settings.model_validate(data)
     except ValidationError as error:
         raise SettingsError("\n".join(problems + list(_translated(error, placed)))) from error
-    problems += [placed(loc, message) for loc, message in _unmet(settings, env)]
+    named = _named(settings) if secrets else {}
+    unset = ((loc, name) for loc, name in named.items() if not env.get(name))
+    problems += [placed(loc, message) for loc, message in _unmet(settings)]
+    problems += [placed(loc, f"the environment variable {name} is not set") for loc, name in unset]
     if problems:
         raise SettingsError("\n".join(problems))
-    named = {settings.audit_secret_env, *(entry.api_key_env for entry in settings.models)} - {None}
-    settings._secrets.update((name, env[name]) for name in named if name)
+    settings._secrets.update((name, env[name]) for name in named.values())
     return settings
 
 
@@ -320,19 +324,23 @@ def _known_keys(loc: Loc) -> list[str]:
     return list(section.model_fields)
 
 
-def _unmet(settings: Settings, env: Mapping[str, str]) -> Iterator[tuple[Loc, str]]:
+def _named(settings: Settings) -> dict[Loc, str]:
+    """The variables that hold secrets, by the place that names them."""
+    places: list[tuple[Loc, str | None]] = [(("audit_secret_env",), settings.audit_secret_env)]
+    for index, entry in enumerate(settings.models):
+        places.append((("models", index, "api_key_env"), entry.api_key_env))
+    return {loc: name for loc, name in places if name}
+
+
+def _unmet(settings: Settings) -> Iterator[tuple[Loc, str]]:
     """Find what the settings presuppose and is not so."""
     if not settings.policies.is_dir():
         yield ("policies",), f"there is no folder {settings.policies}"
-    if (name := settings.audit_secret_env) and not env.get(name):
-        yield ("audit_secret_env",), f"the environment variable {name} is not set"
     for index, entry in enumerate(settings.models):
         loc: Loc = ("models", index)
         earlier = [other.match for other in settings.models[:index]]
         if "*" in earlier or entry.match in earlier:
             yield (*loc, "match"), f"an entry above already takes all of {entry.match}"
-        if (name := entry.api_key_env) and not env.get(name):
-            yield (*loc, "api_key_env"), f"the environment variable {name} is not set"
         if entry.provider != "openai" and find_spec("litellm") is None:
             yield (*loc, "provider"), "needs litellm: install holdgate[providers]"
         for place, model in enumerate(entry.fallbacks):

@@ -9,7 +9,7 @@ WHATWG HTML, section 9.2 "Server-sent events" (the event stream format); OpenAI 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import orjson
 
+from gateway import responses
 from gateway.errors import GatewayError
 from gateway.wire import CHAT, NO_RAW, RESPONSES, Message, Unreadable, is_too_deep, says_something
 
@@ -102,19 +103,20 @@ class Assembler:
     """Puts the events of one stream together into the body that the same answer would have had without `stream`.
 
     `error` is the error object if the provider sent one, `complete` whether every choice ended; unknown fields survive.
-    `repeats` is set if chunks say in a `message` what their deltas say piece by piece, as some providers' do: that copy is
-    not in the body.
+    `says_more` is set if the events say something that is not in the body, so that they may not go out in its place: chunks
+    with a `message` that repeats what their deltas say piece by piece, as some providers' have, or events of a response
+    that do not lead up to the response in the last one.
     """
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
         self.error: dict[str, Any] | None = None
         self.done = False
-        self.repeats = False
+        self.says_more = False
         self._top: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
         self._final: bytes | None = None
-        self._text = StringIO()
+        self._told = responses.Told()
 
     def add(self, event: Event) -> None:
         """Take in one event.
@@ -161,34 +163,41 @@ class Assembler:
         if self.endpoint == RESPONSES:
             if self._final is not None:
                 return self._final
-            part = {"type": "output_text", "text": self._text.getvalue(), "annotations": []}
+            parts = [
+                {"type": "output_text", "text": text, "annotations": []}
+                for text in self._told.texts
+            ]
             item = {
                 "type": "message",
                 "role": "assistant",
                 "status": "incomplete",
-                "content": [part],
+                "content": parts,
             }
             return orjson.dumps(
-                {**self._top, "status": "incomplete", "output": [item] if part["text"] else []}
+                {**self._top, "status": "incomplete", "output": [item] if parts else []}
             )
         kind = "chat.completion" if self.endpoint == CHAT else "text_completion"
         choices = [_whole(self._choices[index]) for index in sorted(self._choices)]
         return orjson.dumps({**self._top, "object": kind, "choices": choices})
 
     def _add_response_event(self, chunk: dict[str, Any]) -> None:
-        kind = chunk["type"]
-        if kind == "response.output_text.delta":
-            self._text.write(chunk["delta"])
-        elif kind == "response.created":
-            self._top = {k: v for k, v in chunk["response"].items() if k != "output"}
-        elif kind == "error":
+        kind = chunk.get("type")
+        if not isinstance(kind, str):
+            raise TypeError("an event without a `type`")
+        if kind == "error":
             self.error = {
                 "message": chunk.get("message"),
                 "code": chunk.get("code"),
                 "param": chunk.get("param"),
             }
+            return
+        self.says_more = self.says_more or self._final is not None
+        self._told.add(chunk)
+        if kind == "response.created":
+            self._top = {k: v for k, v in chunk["response"].items() if k != "output"}
         elif kind in ("response.completed", "response.incomplete", "response.failed"):
             self._final = orjson.dumps(chunk["response"])
+            self.says_more = self.says_more or not self._told.leads_to(chunk["response"])
 
     def _add_chunk(self, chunk: dict[str, Any]) -> None:
         for name, value in chunk.items():
@@ -206,7 +215,7 @@ class Assembler:
     def _add_choice(self, choice: dict[str, Any], delta: dict[str, Any]) -> None:
         for name, value in delta.items():
             if name == "message" and "delta" in delta:
-                self.repeats = True
+                self.says_more = True
             elif name in ("delta", "message"):
                 choice["message"] = _grown(name, choice.get("message", {"content": None}), value)
             elif name == "logprobs":
@@ -381,7 +390,8 @@ def stream_of(endpoint: str, body: bytes, *, include_usage: bool) -> Iterator[by
     """The events that say what this non-streamed body says, `[DONE]` last where the endpoint has one."""
     document = orjson.loads(body)
     if endpoint == RESPONSES:
-        yield from _response_events(document)
+        for told in responses.events_of(document):
+            yield encode(orjson.dumps(told), told["type"])
         return
     usage = document.pop("usage", None)
     choices = document.pop("choices", [])
@@ -416,55 +426,3 @@ def _chat_pieces(choice: dict[str, Any]) -> Iterable[dict[str, Any]]:
         yield {**silent, "delta": {"tool_calls": [{**call, "index": number}]}}
     rest = {k: v for k, v in choice.items() if k not in ("message", "logprobs")}
     yield {**silent, **rest, "delta": {}}
-
-
-def _response_events(response: dict[str, Any]) -> Iterator[bytes]:
-    numbered = 0
-
-    def emit(kind: str, **fields: Any) -> bytes:
-        nonlocal numbered
-        numbered += 1
-        data = {"type": kind, "sequence_number": numbered - 1, **fields}
-        return encode(orjson.dumps(data), kind)
-
-    begun = {
-        **response,
-        "status": "in_progress",
-        "output": [],
-        "usage": None,
-        "incomplete_details": None,
-    }
-    yield emit("response.created", response=begun)
-    yield emit("response.in_progress", response=begun)
-    for position, item in enumerate(response.get("output") or ()):
-        empty: dict[str, Any] = {"content": [], "arguments": "", "input": ""}
-        hollow = {**item, "status": "in_progress", **{k: empty[k] for k in empty if k in item}}
-        yield emit("response.output_item.added", output_index=position, item=hollow)
-        yield from _item_events(emit, position, item)
-        yield emit("response.output_item.done", output_index=position, item=item)
-    status = response.get("status")
-    final = status if status in ("completed", "incomplete", "failed") else "completed"
-    yield emit(f"response.{final}", response=response)
-
-
-def _item_events(
-    emit: Callable[..., bytes], position: int, item: dict[str, Any]
-) -> Iterator[bytes]:
-    where = {"item_id": item.get("id") or "", "output_index": position}
-    told = {"name": item["name"]} if "name" in item else {}
-    for kind, key in (("function_call", "arguments"), ("custom_tool_call", "input")):
-        if item.get("type") == kind and item.get(key):
-            yield emit(f"response.{kind}_{key}.delta", **where, delta=item[key])
-            yield emit(f"response.{kind}_{key}.done", **where, **told, **{key: item[key]})
-    parts = item.get("content") if item.get("type") == "message" else None
-    for number, part in enumerate(parts if isinstance(parts, list) else ()):
-        place = {**where, "content_index": number}
-        name, key = (
-            ("refusal", "refusal") if part.get("type") == "refusal" else ("output_text", "text")
-        )
-        more = {"logprobs": part.get("logprobs") or []} if key == "text" else {}
-        yield emit("response.content_part.added", **place, part={**part, key: ""})
-        if part.get(key):
-            yield emit(f"response.{name}.delta", **place, delta=part[key], **more)
-            yield emit(f"response.{name}.done", **place, **{key: part[key]}, **more)
-        yield emit("response.content_part.done", **place, part=part)

@@ -161,7 +161,7 @@ class Relay:
         if assembler.done:
             return []
         collected.add(event)
-        if self.window is not None and assembler.repeats and collected.fault is None:
+        if self.window is not None and assembler.says_more and collected.fault is None:
             collected.fault = "unreadable"
             collected.message = "The chunks say their text twice; `stream: buffer` can check that."
         if collected.fault is not None and not event.is_done:

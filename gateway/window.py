@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +12,10 @@ import orjson
 from gateway import sse
 from gateway.edits import Mask, masks_of, united, with_masks
 from gateway.errors import ResponseBlocked
+from gateway.wire import RESPONSES
 from policies import Policy, Stage, run_stage
 from validators import (
+    JSON,
     MAX_FINDINGS,
     Choice,
     Exchange,
@@ -38,6 +40,13 @@ _ASIDES = {
     "reasoning_content": Target.REASONING,
 }
 _TARGETS = {"arguments": Target.TOOL_ARGUMENTS, **_ASIDES}
+
+
+def can_follow(endpoint: str, request: Mapping[str, JSON]) -> bool:
+    """Whether a window can look at the answer to a request; speech is heard before its transcript comes."""
+    modalities = request.get("modalities")
+    speaks = isinstance(modalities, list) and "audio" in modalities
+    return endpoint != RESPONSES and not speaks
 
 
 class Window:
@@ -65,7 +74,8 @@ class Window:
         Raises
         ------
         ResponseBlocked
-            If a check with `on_fail: block` matches, could not run, or found more to mask than can be told.
+            If a check with `on_fail: block` matches, could not run, or found more to mask than can be told, or if the
+            answer is spoken.
         """
         chunk = orjson.loads(event.data) if event.data is not None else {}
         pieces = []
@@ -316,6 +326,8 @@ def _texts(chunk: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, A
     for choice in chunk.get("choices") or ():
         index = choice.get("index") or 0
         said = choice.get("delta") or choice.get("message") or {}
+        if said.get("audio"):
+            raise _stopped("its speech; `stream: buffer` can check that")
         for lane, number, holder, name in _holders(choice, said):
             if isinstance(holder.get(name), str) and holder[name]:
                 yield (index, lane, number), holder, name
@@ -328,7 +340,9 @@ def _holders(
     for name in ("content", *_ASIDES):
         yield name, None, said, name
     if isinstance(parts := said.get("content"), list):
-        yield from (("content", None, part, "text") for part in parts)
+        yield from (
+            ("content", None, part, name) for part in parts for name in ("text", "transcript")
+        )
         yield from (("refusal", None, part, "refusal") for part in parts)
     for call in said.get("tool_calls") or ():
         number = object() if call.get("index") is None else call["index"]

@@ -148,7 +148,12 @@ class _Part(msgspec.Struct, gc=False):
     type: str = ""
     text: str | None = None
     refusal: str | None = None
+    transcript: str | None = None
     logprobs: msgspec.Raw = NO_RAW
+
+
+class _Audio(msgspec.Struct, gc=False):
+    transcript: str | None = None
 
 
 class _Function(msgspec.Struct, gc=False):
@@ -171,6 +176,7 @@ class Message(msgspec.Struct, gc=False):
     reasoning: str | None = None
     tool_calls: list[_ToolCall] | None = None
     function_call: _Function | None = None
+    audio: _Audio | None = None
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -187,12 +193,32 @@ class _Completion(msgspec.Struct, gc=False):
 
 
 class _Item(msgspec.Struct, gc=False):
+    """An item of a response; what is raw may be a text or JSON."""
+
     type: str = ""
     name: str | None = None
-    arguments: str | None = None
-    input: str | None = None
     content: str | list[_Part] | None = None
     summary: list[_Part] | None = None
+    arguments: msgspec.Raw = NO_RAW
+    input: msgspec.Raw = NO_RAW
+    action: msgspec.Raw = NO_RAW
+    actions: msgspec.Raw = NO_RAW
+    operation: msgspec.Raw = NO_RAW
+    code: msgspec.Raw = NO_RAW
+    queries: msgspec.Raw = NO_RAW
+    output: msgspec.Raw = NO_RAW
+    outputs: msgspec.Raw = NO_RAW
+    results: msgspec.Raw = NO_RAW
+    result: msgspec.Raw = NO_RAW
+    error: msgspec.Raw = NO_RAW
+
+
+#: What is said in a call that the client is to carry out, and in one that the provider has carried out.
+_CALLED = ("arguments", "input")
+_ACTED = ("action", "actions", "operation")
+_HOSTED = ("code", "queries", "output", "outputs", "results", "result", "error")
+_NOTHING = frozenset({b"{}", b"[]"})
+_CLIENT_ACTS = frozenset({"computer_call", "local_shell_call", "shell_call", "apply_patch_call"})
 
 
 class _Incomplete(msgspec.Struct, gc=False):
@@ -222,6 +248,7 @@ _COMPLETION = msgspec.json.Decoder(_Completion)
 _RESPONSE = msgspec.json.Decoder(_Response)
 _CHAT_LOGPROBS = msgspec.json.Decoder(_ChatLogprobs | None)
 _LEGACY_LOGPROBS = msgspec.json.Decoder(_LegacyLogprobs | None)
+_TEXT = msgspec.json.Decoder(str)
 _TOKENS = msgspec.json.Decoder(list[TokenLogprob] | None)
 
 
@@ -303,6 +330,8 @@ def _read_message(path: str, choice: _Choice, logprobs: list[TokenLogprob] | Non
         texts.append(Passage(f"{path_m}.content", message.content))
     for number, part in enumerate(message.content if isinstance(message.content, list) else ()):
         _read_part(f"{path_m}.content[{number}]", part, texts, refusals)
+    if message.audio is not None and message.audio.transcript is not None:
+        texts.append(Passage(f"{path_m}.audio.transcript", message.audio.transcript))
     if message.refusal:
         refusals.append(Passage(f"{path_m}.refusal", message.refusal))
     reasonings = tuple(
@@ -332,11 +361,13 @@ def _read_message(path: str, choice: _Choice, logprobs: list[TokenLogprob] | Non
 def _read_part(path: str, part: _Part, texts: list[Passage], refusals: list[Passage]) -> None:
     if part.text is not None:
         texts.append(Passage(f"{path}.text", part.text))
+    if part.transcript is not None:
+        texts.append(Passage(f"{path}.transcript", part.transcript))
     if part.refusal is not None:
         refusals.append(Passage(f"{path}.refusal", part.refusal))
 
 
-def _tool_call(path: str, function: _Function | _Item) -> ToolCall:
+def _tool_call(path: str, function: _Function) -> ToolCall:
     if function.arguments is None and function.input is not None:
         return ToolCall(function.name or "", Passage(f"{path}.input", function.input))
     return ToolCall(function.name or "", Passage(f"{path}.arguments", function.arguments or ""))
@@ -348,6 +379,7 @@ def _read_responses(body: bytes) -> Reading:
     refusals: list[Passage] = []
     reasonings: list[Passage] = []
     calls: list[ToolCall] = []
+    hosted: list[Passage] = []
     raws: list[msgspec.Raw] = []
     tokens: list[TokenLogprob] = []
     for number, item in enumerate(response.output):
@@ -360,8 +392,11 @@ def _read_responses(body: bytes) -> Reading:
                 _read_part(f"{path}.{kind}[{position}]", part, into, refusals)
                 raws.append(part.logprobs)
                 tokens += _TOKENS.decode(part.logprobs) or ()
-        if item.arguments is not None or item.input is not None:
-            calls.append(_tool_call(path, item))
+        acts = item.type in _CLIENT_ACTS
+        called, ran = (_CALLED + _ACTED, _HOSTED) if acts else (_CALLED, _ACTED + _HOSTED)
+        name = item.type.removesuffix("_call") if acts else item.name or ""
+        calls += (ToolCall(name, passage) for passage in _raw_passages(path, item, called))
+        hosted += _raw_passages(path, item, ran)
     reason = response.incomplete_details.reason if response.incomplete_details else None
     finish = {"max_output_tokens": "length"}.get(reason or "", reason) or response.status
     choice = Choice(
@@ -372,9 +407,24 @@ def _read_responses(body: bytes) -> Reading:
         tuple(calls),
         finish,
         tokens or None,
+        tuple(hosted),
     )
     spans = _spans(body, raws)
     return Reading(RESPONSES, (choice,), response.id or None, response.model, spans)
+
+
+def _raw_passages(path: str, item: _Item, names: Iterable[str]) -> list[Passage]:
+    """What these fields of an item say: a text as it is, anything else as the JSON it is written in."""
+    passages = []
+    for name in names:
+        raw = getattr(item, name)
+        if raw is NO_RAW or (name == "result" and item.type == "image_generation_call"):
+            continue
+        value = bytes(raw)
+        if value[:1] in b'"{[' and value not in _NOTHING:
+            text = _TEXT.decode(value) if value.startswith(b'"') else value.decode()
+            passages.append(Passage(f"{path}.{name}", text))
+    return passages
 
 
 def _legacy_tokens(logprobs: _LegacyLogprobs | None) -> list[TokenLogprob] | None:
@@ -445,3 +495,4 @@ def passages_of(choice: Choice) -> Iterator[Passage]:
     yield from choice.refusals
     yield from choice.reasonings
     yield from (call.arguments for call in choice.tool_calls)
+    yield from choice.hosted

@@ -74,9 +74,7 @@ class ScriptedModels:
             await answer.gate.wait()
         call.attempts.append(Attempt(call.model, answer.status, None, 1.0))
         letting_go = partial(self._closed.add, len(self.calls))
-        return UpstreamResponse(
-            answer.status, list(answer.headers), _chunks(answer), letting_go
-        )
+        return UpstreamResponse(answer.status, list(answer.headers), _chunks(answer), letting_go)
 
     @property
     def closed(self) -> int:

@@ -96,7 +96,10 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One candidate answer, the same shape for chat completions, completions and responses."""
+    """One candidate answer, the same shape for chat completions, completions and responses.
+
+    `hosted` is what tools that the provider runs itself were asked and gave back: code and its output, searches.
+    """
 
     path: str
     texts: tuple[Passage, ...] = ()
@@ -105,6 +108,7 @@ class Choice:
     tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: str | None = None
     logprobs: Sequence[TokenLogprob] | None = None
+    hosted: tuple[Passage, ...] = ()
 
     @property
     def text(self) -> str:
@@ -119,6 +123,7 @@ class Choice:
                     yield from self.texts
                 case Target.TOOL_ARGUMENTS:
                     yield from (call.arguments for call in self.tool_calls)
+                    yield from self.hosted
                 case Target.REFUSAL:
                     yield from self.refusals
                 case Target.REASONING:

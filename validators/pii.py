@@ -74,6 +74,7 @@ _IBAN_CHARS = {
     for country in countries.split()
 }
 
+_HEX = frozenset("0123456789abcdefABCDEF")
 _MAX_LOCAL_PART_CHARS = 64
 _MAX_DOMAIN_CHARS = 253
 
@@ -157,11 +158,16 @@ def _ssn(text: str, start: int, end: int) -> tuple[int, int] | None:
 
 
 def _ip(text: str, start: int, end: int) -> tuple[int, int] | None:
+    written = text[start:end].rstrip(".:")
+    group, colon, _ = written.partition(":")
+    before = text[max(start - 1, 0) : start]
+    if colon and (before == ":" or (len(group) < 4 and before in _HEX)):
+        return None  # the end of a longer address
     try:
-        address = ip_address(text[start:end].rstrip(".:"))
+        address = ip_address(written)
     except ValueError:
         return None
-    return (start, start + len(text[start:end].rstrip(".:"))) if address.is_global else None
+    return (start, start + len(written)) if address.is_global else None
 
 
 def _phone(region: str | None) -> Accept:
@@ -209,6 +215,7 @@ _FORMS = (
         "an IP address",
         r"\b\d{1,3}(?:\.\d{1,3}){3}\b|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?:\d{0,3}(?:\.\d{1,3}){3})?",
         _ip,
+        overlapping=True,
     ),
     _Form(
         PiiKind.US_SSN,
@@ -254,6 +261,7 @@ class Pii(Scan):
             "a phone number",
             _NATIONAL if self.region else _INTERNATIONAL,
             _phone(self.region),
+            overlapping=True,
         )
         self._scanner = Scanner(
             [

@@ -45,8 +45,8 @@ class Rule:
     """Something to look for.
 
     `accept(text, start, end)` takes a match of `pattern` and gives the span that counts, or None to refuse it; it looks at
-    no more than the match, two characters before it and one behind. With `overlapping` the search goes on inside a refused
-    match, for patterns with a bounded length only. `longest` is the longest span in code points where `accept` bounds it and
+    no more than the match, two characters before it and one behind. The span begins where the match does; the search goes on
+    behind it. With `overlapping` it goes on inside a refused match too, for patterns with a bounded length only. `longest` is the longest span in code points where `accept` bounds it and
     the pattern does not.
     """
 
@@ -240,7 +240,9 @@ class Scanner:
             accepted = rule.accept(view.text, *span) if rule.accept else span
             if accepted:
                 yield _Hit(*view.original(*accepted), index)
-            if accepted is None and rule.overlapping:
+                position = first + len(view.text[slice(*accepted)].encode("utf-8", "replace"))
+                search.spans.append(view.original(*accepted))
+            elif rule.overlapping:
                 position = first + 1
             else:
                 position = last

@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote
 
 from starlette.types import Receive, Scope, Send
 
-from gateway.calls import Headers, Reply
+from gateway.calls import Headers, Reply, combined
 from gateway.errors import InvalidRequest, PayloadTooLarge
 
 #: How often a path may be percent-encoded before we stop looking what is inside.
@@ -19,7 +19,7 @@ _PARAMETERS = re.compile(r"[;?#\x00-\x20\x7f]")
 
 
 class Exchange:
-    """A request and its response. `values` are the request headers by lower-case name (of several the last).
+    """A request and its response. `values` are the request headers by lower-case name, those of one name combined.
 
     Once the body is read, a client that goes away cancels the task that answers it; `gone` then says why.
     """
@@ -35,7 +35,7 @@ class Exchange:
         self.headers: Headers = [
             (k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]
         ]
-        self.values = dict(self.headers)
+        self.values = combined(self.headers)
         self.raw_path = _raw_path(scope)
         self.id = ""
         self.gone = False
@@ -102,9 +102,12 @@ class Exchange:
             headers = [(b"content-length", str(len(reply.body)).encode()), *_encoded(reply.headers)]
             await self._start(reply.status, headers)
             await self.send(reply.body, more=False)
-        else:
+            return
+        try:
             await self._start(reply.status, _encoded(reply.headers))
             await self.send_parts(reply.body)
+        finally:
+            await let_go(reply)
 
     async def start(self, status: int, headers: Headers) -> None:
         """Send status and headers; the body follows by `send`."""
@@ -120,13 +123,8 @@ class Exchange:
         if isinstance(parts, bytes):
             await self.send(parts, more=False)
             return
-        try:
-            async for part in parts:
-                await self.send(part, more=True)
-        finally:
-            close = getattr(parts, "aclose", None)
-            if close is not None:
-                await close()
+        async for part in parts:
+            await self.send(part, more=True)
         await self.send(b"", more=False)
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
@@ -147,6 +145,13 @@ class Exchange:
         return PayloadTooLarge(
             f"The request body is longer than {self._limit_bytes} bytes (limits.request_bytes)."
         )
+
+
+async def let_go(reply: Reply) -> None:
+    """Have the body that is still being made end here, if it has not."""
+    close = getattr(reply.body, "aclose", None)
+    if close is not None:
+        await close()
 
 
 def _encoded(headers: Headers) -> list[tuple[bytes, bytes]]:

@@ -14,7 +14,7 @@ import structlog
 from starlette.types import Receive, Scope, Send
 
 from gateway import sse, wire
-from gateway.api.asgi import Exchange
+from gateway.api.asgi import Exchange, let_go
 from gateway.auth import Caller
 from gateway.calls import Call, Headers, Held, Patience, Reply, make_call, relayed
 from gateway.errors import (
@@ -158,18 +158,22 @@ class OpenAIEdge:
         try:
             reply = await answering
         except GatewayError as error:
-            if waiting is None:
+            if not exchange.started:
                 raise
             reply = Reply(200, [], sse.error_events(endpoint, error))
         finally:
             timer.cancel()
             if waiting is not None:
                 waiting.cancel()
+        try:
+            if waiting is not None:
                 await asyncio.wait([waiting])
-        if exchange.started:
-            await exchange.send_parts(_late(endpoint, reply))
-        else:
-            await exchange.respond(reply)
+            if exchange.started:
+                await exchange.send_parts(_late(endpoint, reply))
+            else:
+                await exchange.respond(reply)
+        finally:
+            await let_go(reply)
 
     async def _keep_alive(self, exchange: Exchange, opening: Headers) -> None:
         event_stream = ("content-type", "text/event-stream; charset=utf-8")
@@ -214,6 +218,7 @@ class OpenAIEdge:
 
     async def _list(self, exchange: Exchange, caller: Caller) -> None:
         """List what the provider stored, without what its client did not get as it was."""
+        self._allow_unchecked(exchange)
         exchange.watch()
         call = UpstreamCall(
             "GET",
@@ -226,7 +231,7 @@ class OpenAIEdge:
         body = await response.read(self._services.settings.limits.response_bytes)
         if 200 <= response.status < 300:
             body = await self._without_withheld(body)
-        headers = [*relayed(response.headers), ("x-request-id", exchange.id)]
+        headers = [*relayed(response.headers), *_unchecked(exchange)]
         await exchange.respond(Reply(response.status, headers, body))
 
     async def _without_withheld(self, body: bytes) -> bytes:
@@ -255,12 +260,7 @@ class OpenAIEdge:
     ) -> None:
         """Let a request and its response through untouched and unbuffered, and say that nothing was checked."""
         services = self._services
-        if not services.settings.passthrough.allows(exchange.path):
-            raise Forbidden(
-                f"Policies cannot be enforced on {exchange.path}, and `passthrough` in holdgate.yaml refuses it.",
-                code="path_refused",
-            )
-        services.metrics.unchecked.labels(why).inc()
+        self._allow_unchecked(exchange, why)
         if body is None and not exchange.has_body:
             body = b""
             exchange.watch()
@@ -274,9 +274,22 @@ class OpenAIEdge:
         )
         async with await services.models.send(call) as response:
             lengths = [(n, v) for n, v in response.headers if n == "content-length"]
-            ours = [("x-request-id", exchange.id), ("x-holdgate-action", "passthrough")]
-            headers = [*relayed(response.headers), *lengths, *ours]
+            headers = [*relayed(response.headers), *lengths, *_unchecked(exchange)]
             await exchange.respond(Reply(response.status, headers, response.iter_chunks()))
+
+    def _allow_unchecked(self, exchange: Exchange, why: str = "path") -> None:
+        """Raise `Forbidden` unless `passthrough` allows the path; if it does, count it."""
+        if not self._services.settings.passthrough.allows(exchange.path):
+            raise Forbidden(
+                f"Policies cannot be enforced on {exchange.path}, and `passthrough` in holdgate.yaml refuses it.",
+                code="path_refused",
+            )
+        self._services.metrics.unchecked.labels(why).inc()
+
+
+def _unchecked(exchange: Exchange) -> Headers:
+    """What a client is told of an answer that no policy looked at."""
+    return [("x-request-id", exchange.id), ("x-holdgate-action", "passthrough")]
 
 
 def _differs(record: DecisionRecord) -> bool:

@@ -25,6 +25,8 @@ from gateway.demo.scenarios import MODEL, SCENARIOS, Scenario
 from gateway.settings import PACKAGED_CONFIG
 
 _START_S = 60.0
+#: How wide the table is where nobody says: in a file or a pipe.
+_WIDTH_CHARS = 132
 _SHOWN = (
     "support",
     "tag",
@@ -63,6 +65,8 @@ class Result:
 def show(port: int, *, once: bool) -> int:
     """Run the demo; the exit code. Stays up until interrupted, unless `once`."""
     out = Console()
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out.width = _WIDTH_CHARS
     if _is_taken(port):
         out.print(f"Port {port} is in use; choose another: [b]holdgate demo --port 8081[/b]")
         return 1
@@ -148,7 +152,12 @@ def _drain(stream: IO[str]) -> None:
 
 def _ask(url: str, scenario: Scenario) -> Result:
     """Send one request as any application would, with the stock client."""
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="demo", max_retries=0)
+    client = openai.OpenAI(
+        base_url=f"{url}/v1",
+        api_key="demo",
+        max_retries=0,
+        http_client=openai.DefaultHttpxClient(trust_env=False),
+    )
     try:
         raw = client.chat.completions.with_raw_response.create(
             model=MODEL,
@@ -167,7 +176,9 @@ def _ask(url: str, scenario: Scenario) -> Result:
     except openai.APIStatusError as error:
         headers, got = error.response.headers, f"{error.status_code} {error.code}"
     decision = (
-        httpx.get(f"{url}/decisions/{headers['x-holdgate-decision']}").raise_for_status().json()
+        httpx.get(f"{url}/decisions/{headers['x-holdgate-decision']}", trust_env=False)
+        .raise_for_status()
+        .json()
     )
     return Result(scenario, decision, got)
 

@@ -191,6 +191,10 @@ def _explained(error: Exception, origin: str) -> UpstreamError:
         case aiohttp.ClientConnectorError():
             reason = error.os_error.strerror or type(error.os_error).__name__
             message = f"Could not connect to {origin}: {reason}."
+        case aiohttp.ClientPayloadError() | aiohttp.ClientResponseError() if (
+            "content-encoding" in str(error)
+        ):
+            message = f"{origin} packed its response in a way that cannot be read, though it was asked not to pack it."
         case aiohttp.ServerDisconnectedError():
             message = f"{origin} closed the connection before it answered."
         case aiohttp.ClientPayloadError():

@@ -13,8 +13,9 @@ import httpx
 import pytest
 
 from tests.acceptance.acting import ENDPOINTS, PATHS, request, scripted
-from tests.acceptance.conftest import FixedUpstream, Submit
+from tests.acceptance.conftest import POLICIES, FixedUpstream, Submit
 from tests.acceptance.wire import SECRET, events, said
+from tests.conftest import GatewayFactory, UpstreamCalls
 from tests.processes import Server
 
 CODE = "CODE-1234"
@@ -119,6 +120,90 @@ def test_a_rule_fires_on_parts_custom_tools_and_old_function_calls(
             answer = http.post(PATHS["chat"], json=body)
             assert "response_blocked" in answer.text, delta
             assert CODE not in answer.text
+
+
+SPOKEN_ITEMS: list[dict[str, Any]] = [
+    {"type": "code_interpreter_call", "code": f"print('{CODE}')", "outputs": []},
+    {"type": "code_interpreter_call", "code": "x", "outputs": [{"type": "logs", "logs": CODE}]},
+    {"type": "mcp_call", "name": "f", "arguments": json.dumps({"a": CODE}), "output": None},
+    {"type": "mcp_call", "name": "f", "arguments": "{}", "output": CODE},
+    {"type": "local_shell_call", "action": {"type": "exec", "command": ["echo", CODE]}},
+    {"type": "shell_call", "action": {"commands": [f"echo {CODE}"]}},
+    {"type": "computer_call", "action": {"type": "type", "text": CODE}},
+    {"type": "apply_patch_call", "operation": {"type": "create_file", "diff": f"+{CODE}"}},
+    {"type": "web_search_call", "action": {"type": "search", "query": CODE}},
+    {"type": "file_search_call", "queries": [CODE], "results": None},
+    {"type": "message", "content": [{"type": "output_audio", "transcript": CODE}]},
+]
+
+
+@pytest.mark.parametrize("item", SPOKEN_ITEMS, ids=lambda item: item["type"])
+def test_a_rule_fires_on_all_that_tools_are_asked_and_give_back(
+    http: httpx.Client, fixed_upstream: FixedUpstream, item: dict[str, Any]
+) -> None:
+    def post(said: str, *, stream: bool) -> httpx.Response:
+        items = json.loads(json.dumps([{"id": "i_1", **item}]).replace(CODE, said))
+        whole = json.dumps({"id": "r", "status": "completed", "output": items}).encode()
+        sent = [b'data: {"type": "response.completed", "response": %s}\n\n' % whole]
+        streamed = ("text/event-stream", sent)
+        fixed_upstream.answers["fixed-item"] = streamed if stream else ("application/json", [whole])
+        body = request("responses", "guard", "Hi", stream=stream) | {"model": "fixed-item"}
+        return http.post(PATHS["responses"], json=body)
+
+    for stream in (False, True):
+        assert post(CODE, stream=stream).json()["error"]["code"] == "response_blocked"
+        masked = post("ORD-123456", stream=stream)
+        assert masked.status_code == 200
+        assert "[redacted:order]" in masked.text
+        assert "123456" not in masked.text
+
+
+@pytest.mark.parametrize("task", ["guard", "window"])
+def test_a_rule_fires_on_speech(
+    http: httpx.Client, fixed_upstream: FixedUpstream, task: str
+) -> None:
+    def audio(text: str) -> dict[str, Any]:
+        return {"audio": {"id": "a", "data": "UklGRg==", "transcript": text}}
+
+    pieces: list[dict[str, Any]] = [
+        *({"delta": audio(text)} for text in ("CODE", "-1234")),
+        {"finish_reason": "stop"},
+    ]
+    chunks = [{"choices": [{"index": 0, **piece}]} for piece in pieces]
+    lines = [b"data: " + json.dumps(chunk).encode() for chunk in chunks]
+    stream = b"\n\n".join([*lines, b"data: [DONE]", b""])
+    choice = {"index": 0, "message": {"content": None, **audio(CODE)}, "finish_reason": "stop"}
+    whole = json.dumps({"choices": [choice]}).encode()
+    for modalities in (None, ["text", "audio"]):
+        for streamed, sent in ((False, whole), (True, stream)):
+            content_type = "text/event-stream" if streamed else "application/json"
+            fixed_upstream.answers["fixed-speech"] = (content_type, [sent])
+            body = request("chat", task, "Hi", stream=streamed, modalities=modalities)
+            answer = http.post(PATHS["chat"], json=body | {"model": "fixed-speech"})
+            assert "response_blocked" in answer.text
+            assert "UklGRg" not in answer.text
+
+
+def test_events_that_say_other_things_than_the_response_are_not_a_way_around(
+    http: httpx.Client, fixed_upstream: FixedUpstream
+) -> None:
+    item = {"type": "message", "id": "m", "content": [{"type": "output_text", "text": "Fine."}]}
+    last = {
+        "type": "response.completed",
+        "response": {"id": "r", "status": "completed", "output": [item]},
+    }
+    told = {
+        "type": "response.output_text.delta",
+        "output_index": 0,
+        "content_index": 0,
+        "delta": CODE,
+    }
+    sent = [b"data: %s\n\n" % json.dumps(each).encode() for each in (told, last)]
+    fixed_upstream.answers["fixed-liar"] = ("text/event-stream", sent)
+    body = request("responses", "guard", "Hi", stream=True) | {"model": "fixed-liar"}
+    answer = http.post(PATHS["responses"], json=body)
+    assert said("responses", answer) == ["Fine."]
+    assert CODE not in answer.text
 
 
 def test_a_copy_of_the_text_in_the_chunks_is_not_a_way_around(
@@ -248,6 +333,18 @@ def send(
 # ------------------------------------------------------------------------------- what the provider stored
 
 
+@pytest.mark.parametrize(
+    "path", ["chat/completions", "conversations/conv_1/items", "chat/completions/chatcmpl-1"]
+)
+def test_what_the_provider_stored_is_not_to_be_had_where_passthrough_refuses(
+    gateway: GatewayFactory, upstream_calls: UpstreamCalls, path: str
+) -> None:
+    server = gateway({"hold": POLICIES["hold"]}, passthrough={"default": "refuse"})
+    answer = httpx.get(f"{server.url}/v1/{path}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "path_refused")
+    assert upstream_calls() == []
+
+
 @contextmanager
 def stored(http: httpx.Client, endpoint: str, task: str, text: str, name: str) -> Iterator[str]:
     """Have a response with an id that the demo upstream then says it has stored."""
@@ -317,8 +414,9 @@ def test_an_approved_response_is_fetched_by_either_name(http: httpx.Client, subm
 
 
 def test_the_list_of_stored_completions_leaves_out_what_was_kept_back(http: httpx.Client) -> None:
-    listed = http.get(PATHS["chat"], params={"limit": 2}).json()
-    assert [item["id"] for item in listed["data"]] == ["chatcmpl-demo0", "chatcmpl-demo1"]
+    listed = http.get(PATHS["chat"], params={"limit": 2})
+    assert [item["id"] for item in listed.json()["data"]] == ["chatcmpl-demo0", "chatcmpl-demo1"]
+    assert listed.headers["x-holdgate-action"] == "passthrough"
     with stored(http, "chat", "hold", "Wait.", "chatcmpl-demo1"):
         for query in ({}, {"limit": 2}):
             answer = http.get(PATHS["chat"], params=query)

@@ -287,6 +287,25 @@ async def test_correction_that_breaks_the_schema_is_refused_with_findings_and_ch
     assert orjson.loads(call["function"]["arguments"]) == {"amount": 90}
 
 
+@pytest.mark.parametrize(
+    "correction", [b'"half a pair: \\ud83d"', b'{"choices[0].message.content": "\\udc00"}']
+)
+@SQLITE_ONLY
+async def test_correction_that_is_no_unicode_is_refused(cast: Cast, correction: bytes) -> None:
+    marker = f"uncorrected {len(correction)}"
+    waiting = asyncio.create_task(cast.ask("chat", "held", scripted(text=marker)))
+    task = await cast.ann.task(marker)
+    refused = await cast.ann.http.post(
+        f"/review/{task['id']}/submit",
+        content=b'{"verdict": "correct", "correction": %s}' % correction,
+        headers={"content-type": "application/json"},
+    )
+    assert refused.status_code == 400
+    assert "correction" in refused.json()["error"]["message"].lower()
+    await cast.ann.submit(task["id"], "approve")
+    assert (await waiting).status_code == 200
+
+
 @pytest.mark.parametrize("correction", [None, {}, ""], ids=["none", "empty", "blank"])
 @SQLITE_ONLY
 async def test_correction_without_a_text_is_refused(cast: Cast, correction: object) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.auth import Caller, new_key
-from gateway.calls import Call, Headers, Patience, make_call, relayed
+from gateway.calls import Call, Headers, Patience, combined, make_call, relayed
 from gateway.errors import InvalidRequest
 from gateway.records import Role
 from gateway.wire import CHAT, RESPONSES
@@ -75,6 +75,13 @@ def test_preferences_are_read_as_rfc_7240_writes_them(
 ) -> None:
     patience = Patience.of({"prefer": prefer})
     assert (patience.wait_s, patience.respond_async) == (wait_s, respond_async)
+
+
+def test_several_headers_of_one_name_are_one_list() -> None:
+    """RFC 9110, section 5.3."""
+    sent = [("prefer", "wait=5"), ("x-other", "1"), ("prefer", "respond-async")]
+    assert combined(sent) == {"prefer": "wait=5, respond-async", "x-other": "1"}
+    assert call(headers=sent).patience == Patience(wait_s=5.0, respond_async=True)
 
 
 @given(st.text(max_size=200))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import jsonschema
@@ -25,10 +27,13 @@ confidence: {when_uncalibrated: flag}
 """
 
 
-def holdgate(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def holdgate(
+    *arguments: str, cwd: Path, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "gateway.cli", *arguments],
         cwd=cwd,
+        env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
         timeout=90,
@@ -86,6 +91,8 @@ def test_init_writes_files_that_serve_and_lint_accept_and_never_overwrites(tmp_p
     assert settings.secret(settings.models[0].api_key_env) == "sk-1"
     assert settings.policies == tmp_path / "policies"
     assert holdgate("policy", "lint", cwd=tmp_path).returncode == 0
+    written = json.loads((tmp_path / "policy.schema.json").read_text())
+    assert written == json.loads(holdgate("policy", "schema", cwd=tmp_path).stdout)
     again = holdgate("init", cwd=tmp_path)
     assert again.returncode == 1
     assert "is there already" in again.stderr
@@ -102,6 +109,13 @@ def test_keys_are_made_shown_once_listed_and_revoked(tmp_path: Path) -> None:
     assert "ann" in twice.stderr
     assert holdgate("key", "revoke", "ann", cwd=tmp_path).returncode == 0
     assert holdgate("key", "revoke", "nobody", cwd=tmp_path).returncode == 1
+
+
+def test_a_key_can_be_made_and_policies_linted_without_the_providers_keys(tmp_path: Path) -> None:
+    write_policy(tmp_path, POLICY.replace("blok", "block"))
+    (tmp_path / "holdgate.yaml").write_text("models: [{match: '*', api_key_env: NOT_SET_HERE}]\n")
+    assert holdgate("key", "create", "ann", cwd=tmp_path).stdout.startswith("hgk_")
+    assert holdgate("policy", "lint", cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -137,8 +151,11 @@ def test_demo_shows_every_action(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    done = holdgate("demo", "--once", "--port", str(port), cwd=tmp_path)
+    closed = "http://127.0.0.1:9"
+    proxies = {"HTTP_PROXY": closed, "http_proxy": closed, "all_proxy": closed, "no_proxy": ""}
+    done = holdgate("demo", "--once", "--port", str(port), cwd=tmp_path, env=proxies)
     assert done.returncode == 0, done.stderr
+    assert max(len(line) for line in done.stdout.splitlines() if line.startswith("│")) > 100
     for word in ("return", "auto+audit", "flag", "hold", "block", "423", "403", "redacted"):
         assert word in done.stdout
     assert "/submit" in done.stdout

@@ -166,6 +166,21 @@ async def test_a_client_that_leaves_a_stream_leaves_a_record(
     assert rig.at_rest
 
 
+async def test_a_client_that_leaves_before_its_stream_begins_leaves_a_record(
+    sqlite_store: SqlStore,
+) -> None:
+    rig = Rig(sqlite_store, streams("It is ", "fine."))
+    call = a_call(STREAMED)
+    parts: Any = parts_of(await rig.reply(call, RETURNS))
+    await parts.aclose()
+    await rig.live.drain()
+    record = await rig.record(call)
+    assert record.detail["fault"] == "truncated"
+    assert "the client went away" in str(record.detail)
+    assert rig.models.closed == 1
+    assert rig.at_rest
+
+
 async def test_a_client_that_leaves_while_its_stream_is_recorded_leaves_a_record(
     sqlite_store: SqlStore,
 ) -> None:
@@ -313,6 +328,43 @@ async def test_a_stream_of_responses_is_blocked_before_any_of_it_goes_out(
     rig = Rig(sqlite_store, Says(parts, headers=STREAM))
     with pytest.raises(ResponseBlocked):
         await rig.answer(a_call({"input": "Hi", **STREAMED}, endpoint=wire.RESPONSES), WINDOW)
+
+
+FINE = orjson.loads(orjson.dumps(RESPONSE).replace(b"secret", b"remark"))
+
+
+def lying(final: dict[str, Any]) -> Says:
+    """A stream whose deltas say a secret and whose last event is another response."""
+    told: dict[str, Any] = {
+        "type": "response.output_text.delta",
+        "output_index": 0,
+        "content_index": 0,
+        "delta": "a secret",
+    }
+    last: dict[str, Any] = {"type": f"response.{final['status']}", "response": final}
+    return Says([sse.encode(orjson.dumps(each), each["type"]) for each in (told, last)], headers=STREAM)  # fmt: skip
+
+
+async def test_deltas_that_say_what_the_response_does_not_say_do_not_go_out(
+    sqlite_store: SqlStore,
+) -> None:
+    failed = {"id": "resp_1", "status": "failed", "output": [], "error": {"message": "x"}}
+    for final in (FINE, failed):
+        rig = Rig(sqlite_store, lying(final))
+        call = a_call({"input": "Hi", **STREAMED}, endpoint=wire.RESPONSES)
+        body = await read(await rig.reply(call, BUFFERS))
+        assert b"secret" not in body
+        assert events_of(body)[0]["type"] == "response.created"
+        assert events_of(body)[-1]["response"] == final
+
+
+async def test_that_a_watched_stream_said_more_than_was_checked_is_recorded(
+    sqlite_store: SqlStore,
+) -> None:
+    rig = Rig(sqlite_store, lying(FINE))
+    call = a_call({"input": "Hi", **STREAMED}, endpoint=wire.RESPONSES)
+    await read(await rig.reply(call, OBSERVES))
+    assert "more than what was checked" in str((await rig.record(call)).detail["note"])
 
 
 async def test_a_response_that_failed_is_the_clients_to_hear_of(sqlite_store: SqlStore) -> None:

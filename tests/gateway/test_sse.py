@@ -163,6 +163,7 @@ def test_a_body_taken_apart_and_put_together_says_the_same(
     )
     assert again.done == (endpoint != RESPONSES)
     assert again.error is None
+    assert not again.says_more
     rebuilt = orjson.loads(again.body())
     for name, value in body.items():
         assert name in ("choices", "object") or rebuilt[name] == value
@@ -302,12 +303,18 @@ def test_an_event_that_is_no_chunk_is_unreadable(endpoint: str, data: bytes) -> 
 @pytest.mark.parametrize(
     "event",
     [{"type": "response.output_text.delta", "delta": 5}, {"type": "response.output_text.delta"}, {},
-     {"type": "response.completed"}, {"type": "response.created", "response": [1]}],
+     {"type": "response.completed"}, {"type": "response.created", "response": [1]}, {"type": 1},
+     {"type": "response.refusal.delta", "content_index": {}, "delta": "x"}],
     ids=repr,
 )  # fmt: skip
 def test_an_event_of_responses_without_what_it_must_have_is_unreadable(event: Any) -> None:
     with pytest.raises(wire.Unreadable):
         assembled(RESPONSES, [sse.encode(orjson.dumps(event))])
+
+
+def test_an_event_of_responses_without_type_is_said_to_have_none() -> None:
+    with pytest.raises(wire.Unreadable, match="without a `type`"):
+        assembled(RESPONSES, [sse.encode(b"{}")])
 
 
 def test_choices_and_parts_without_number_are_bounded() -> None:
@@ -378,6 +385,93 @@ def test_of_an_incomplete_response_there_is_as_much_as_came() -> None:
     assert not assembler.complete
     assert (reading.choices[0].text, reading.upstream_id) == ("Half an answer", "resp_1")
     assert reading.choices[0].finish_reason == "incomplete"
+
+
+ANSWER = {
+    "id": "resp_1",
+    "status": "completed",
+    "output": [
+        {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Why."}]},
+        {"type": "message", "id": "msg_1", "status": "completed", "content": [
+            {"type": "output_text", "text": "It is fine.", "annotations": [{"type": "url_citation", "title": "A"}]},
+            {"type": "refusal", "refusal": "No."}]},
+        {"type": "function_call", "id": "fc_1", "name": "pay", "arguments": "{}"},
+        {"type": "code_interpreter_call", "id": "ci_1", "code": "1 + 1", "outputs": [{"type": "logs", "logs": "2"}]},
+    ],
+}  # fmt: skip
+TEXT = {"output_index": 1, "content_index": 0, "item_id": "msg_1"}
+
+
+def response_stream(*events: dict[str, Any], final: dict[str, Any] = ANSWER) -> sse.Assembler:
+    """A stream that ends with the answer, told by these events."""
+    last = {"type": "response.completed", "response": final}
+    return assembled(RESPONSES, [sse.encode(orjson.dumps(each)) for each in (*events, last)])
+
+
+def test_events_that_lead_up_to_the_response_say_no_more() -> None:
+    begun = {**ANSWER, "status": "in_progress", "output": [], "service_tier": "auto", "usage": None}
+    hollow = {"type": "message", "id": "msg_1", "status": "in_progress", "content": []}
+    assembler = response_stream(
+        {"type": "response.created", "sequence_number": 0, "response": begun},
+        {"type": "keepalive", "sequence_number": 1},
+        {"type": "response.output_item.added", "output_index": 1, "item": hollow},
+        {"type": "response.output_text.delta", **TEXT, "delta": "It is ", "obfuscation": "kG3x", "logprobs": []},
+        {"type": "response.output_text.delta", **TEXT, "delta": "fine.", "obfuscation": "p"},
+        {"type": "response.output_text.annotation.added", **TEXT, "annotation_index": 0,
+         "annotation": {"type": "url_citation", "title": "A"}},
+        {"type": "response.output_text.done", **TEXT, "text": "It is fine."},
+        {"type": "response.code_interpreter_call.interpreting", "output_index": 3, "item_id": "ci_1"},
+        {"type": "response.function_call_arguments.done", "output_index": 2, "name": "pay", "arguments": "{}"},
+        final={**ANSWER, "service_tier": "default"},
+    )  # fmt: skip
+    assert assembler.complete
+    assert not assembler.says_more
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"type": "response.output_text.delta", **TEXT, "delta": "It is CODE."},
+        {"type": "response.output_text.delta", **TEXT, "delta": "It is fine"},
+        {"type": "response.output_text.delta", "delta": "It is fine."},
+        {"type": "response.output_text.delta", **TEXT, "content_index": 5, "delta": "It is fine."},
+        {"type": "response.output_text.delta", **TEXT, "output_index": "1", "delta": "It is fine."},
+        {"type": "response.output_text.delta", **TEXT, "delta": "It is fine.", "note": "CODE"},
+        {"type": "response.output_text.done", **TEXT, "text": "CODE"},
+        {"type": "response.output_text.annotation.added", **TEXT, "annotation_index": 0, "annotation": {"title": "CODE"}},
+        {"type": "response.refusal.delta", **TEXT, "content_index": 1, "delta": "CODE"},
+        {"type": "response.refusal.done", **TEXT, "content_index": 1, "refusal": "CODE"},
+        {"type": "response.content_part.added", **TEXT, "part": {"type": "output_text", "text": "CODE"}},
+        {"type": "response.content_part.done", **TEXT, "part": {"type": "output_text", "text": "CODE"}},
+        {"type": "response.output_item.added", "output_index": 0, "item": {"content": [{"text": "CODE"}]}},
+        {"type": "response.output_item.done", "output_index": 2, "item": {"type": "function_call", "arguments": "CODE"}},
+        {"type": "response.output_item.done", "output_index": 9, "item": {"type": "message", "content": "CODE"}},
+        {"type": "response.output_item.done", "item": {"type": "message", "content": "CODE"}},
+        {"type": "response.function_call_arguments.delta", "output_index": 2, "delta": '{"a": "CODE"}'},
+        {"type": "response.function_call_arguments.done", "output_index": 2, "name": "CODE", "arguments": "{}"},
+        {"type": "response.reasoning_summary_text.delta", "output_index": 0, "summary_index": 0, "delta": "CODE"},
+        {"type": "response.reasoning_summary_part.done", "output_index": 0, "summary_index": 0, "part": {"text": "CODE"}},
+        {"type": "response.reasoning_text.delta", "output_index": 0, "content_index": 0, "delta": "CODE"},
+        {"type": "response.code_interpreter_call_code.delta", "output_index": 3, "delta": "CODE"},
+        {"type": "response.code_interpreter_call_code.done", "output_index": 3, "code": "CODE"},
+        {"type": "response.created", "response": {"id": "r", "output": [{"content": [{"text": "CODE"}]}]}},
+        {"type": "response.created", "response": {"id": "r", "output": [], "output_text": "CODE"}},
+        {"type": "response.in_progress", "response": {"instructions": "CODE"}},
+        {"type": "response.completed", "response": {**ANSWER, "output": []}},
+        {"type": "response.some_news.delta", **TEXT, "delta": "CODE"},
+        {"type": "response.some_news", "told": [["CODE"]]},
+    ],
+    ids=lambda event: event["type"],
+)  # fmt: skip
+def test_events_that_say_what_the_response_does_not_say_are_noticed(event: dict[str, Any]) -> None:
+    assert response_stream(event).says_more
+
+
+def test_what_comes_behind_the_response_says_more() -> None:
+    told = {"type": "response.output_text.delta", **TEXT, "delta": "CODE"}
+    last = {"type": "response.completed", "response": ANSWER}
+    assert response_stream(last, told).says_more
+    assert response_stream(last).says_more
 
 
 def test_long_answers_take_time_in_proportion() -> None:

@@ -249,6 +249,83 @@ def test_what_a_response_says() -> None:
     assert [token.logprob for token in choice.logprobs or ()] == [-1]
 
 
+ITEMS = [
+    {"type": "code_interpreter_call", "code": "print('é')", "outputs": [{"type": "logs", "logs": "é"}]},
+    {"type": "mcp_call", "name": "look_up", "arguments": "{}", "output": "found", "error": None},
+    {"type": "local_shell_call", "call_id": "c", "action": {"type": "exec", "command": ["ls", "/"]}},
+    {"type": "computer_call", "actions": [{"type": "type", "text": "hello"}]},
+    {"type": "apply_patch_call", "operation": {"type": "create_file", "diff": "+x"}},
+    {"type": "web_search_call", "action": {"type": "search", "query": "q"}},
+    {"type": "file_search_call", "queries": ["a", "b"], "results": [{"text": "t"}]},
+    {"type": "image_generation_call", "result": "aGVsbG8="},
+    {"type": "shell_call_output", "output": [{"stdout": "out", "stderr": ""}]},
+]  # fmt: skip
+
+
+def test_what_tools_of_a_response_are_asked_and_give_back() -> None:
+    reading = read(RESPONSES, {"output": ITEMS})
+    [choice] = reading.choices
+    called = {call.name: json.loads(call.arguments.text) for call in choice.tool_calls}
+    assert called == {
+        "look_up": {},
+        "local_shell": {"type": "exec", "command": ["ls", "/"]},
+        "computer": [{"type": "type", "text": "hello"}],
+        "apply_patch": {"type": "create_file", "diff": "+x"},
+    }
+    assert {p.path: p.text for p in choice.hosted if not p.is_json()} == {
+        "output[0].code": "print('é')",
+        "output[1].output": "found",
+    }
+    assert {p.path: p.parsed() for p in choice.hosted if p.is_json()} == {
+        "output[0].outputs": [{"type": "logs", "logs": "é"}],
+        "output[5].action": {"type": "search", "query": "q"},
+        "output[6].queries": ["a", "b"],
+        "output[6].results": [{"text": "t"}],
+        "output[8].output": [{"stdout": "out", "stderr": ""}],
+    }
+    assert choice.text == ""
+
+
+def test_a_mask_on_json_that_was_read_as_text_leaves_json() -> None:
+    body = json.dumps(
+        {"output": [{"type": "local_shell_call", "action": {"command": ["say", 'a "secret"']}}]}
+    ).encode()
+    reading = wire.read_response(RESPONSES, body)
+    found = (
+        scan_of("redact", patterns=["secret"], target=["text", "tool_arguments"])
+        .run(Exchange(RESPONSES, {}, reading.choices))
+        .findings
+    )
+    edited = edits.with_texts(body, edits.redacted_texts(reading, found), reading)
+    assert json.loads(edited)["output"][0]["action"]["command"][0] == "say"
+    assert b"secret" not in edited
+    with pytest.raises(wire.Unreadable, match="no JSON"):
+        edits.with_texts(body, {"output[0].action": "say"}, reading)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        (CHAT, {"choices": [{"message": {"content": None, "audio": {"id": "a", "data": "UklGRg==", "transcript": "a secret"}}}]}),
+        (RESPONSES, {"output": [{"type": "message", "content": [{"type": "output_audio", "data": "UklGRg==", "transcript": "a secret"}]}]}),
+    ],
+)  # fmt: skip
+def test_speech_is_text_and_goes_when_its_transcript_is_masked(
+    endpoint: str, body: dict[str, Any]
+) -> None:
+    whole = json.dumps(body).encode()
+    reading = wire.read_response(endpoint, whole)
+    assert reading.choices[0].text == "a secret"
+    found = (
+        scan_of("redact", patterns=["secret"], target=["text", "tool_arguments"])
+        .run(Exchange(endpoint, {}, reading.choices))
+        .findings
+    )
+    edited = edits.with_texts(whole, edits.redacted_texts(reading, found), reading)
+    assert b"secret" not in edited
+    assert b"UklGRg" not in edited
+
+
 @pytest.mark.parametrize(
     ("status", "reason", "finish"),
     [
@@ -272,8 +349,8 @@ BAD = [
     b'{"choices":[5],"output":[5]}', b'{"choices":[null],"output":[null]}',
     b'{"choices":[{"message":5,"text":5}],"output":[{"content":5}]}',
     b'{"choices":[{"message":{"content":5},"text":{}}],"output":[{"content":[5]}]}',
-    b'{"choices":[{"message":{"content":["x"]},"text":[]}],"output":[{"arguments":{"a":1}}]}',
-    b'{"choices":[{"message":{"tool_calls":[{"function":{"arguments":{"a":1}}}]},"text":1}],"output":[{"input":[]}]}',
+    b'{"choices":[{"message":{"content":["x"]},"text":[]}],"output":[{"content":{"a":1}}]}',
+    b'{"choices":[{"message":{"tool_calls":[{"function":{"arguments":{"a":1}}}]},"text":1}],"output":[{"content":[5]}]}',
     b'{"choices":[{"message":{"content":"\xff"},"text":"\xff"}],"output":[{"content":"\xff"}]}',
     b'{"choices":[{"message":{"content":"\\ud800"},"text":"\\ud800"}],"output":[{"content":"\\ud800"}]}',
     b'{"choices":[{"logprobs":{"content":5,"tokens":5}}],"output":[{"content":[{"logprobs":{}}]}]}',
