@@ -68,7 +68,7 @@ def serve(
 ) -> None:
     """Run the gateway."""
     from gateway.policy_files import load  # noqa: PLC0415 - other commands need no policies
-    from gateway.serving import serve as run  # noqa: PLC0415 - other commands need no web server
+    from gateway.serving import become_server  # noqa: PLC0415 - other commands need no web server
 
     given = {
         "HOLDGATE_LISTEN_HOST": host,
@@ -84,7 +84,7 @@ def serve(
     except (PolicyError, CalibrationError, OSError) as error:
         _fail(str(error))
     _with_store(path, SqlStore.ping)
-    run(settings, path)
+    become_server(path)
 
 
 @app.command()

@@ -11,23 +11,30 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import NoReturn
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
 from gateway.api.protocol import Protocol
-from gateway.settings import Settings
+from gateway.settings import Settings, load_settings
 from gateway.telemetry import configure_logs
 
 _KEEP_ALIVE_S = 75
 
 
-def serve(settings: Settings, config_path: Path | None) -> None:
+def become_server(config_path: Path | None) -> NoReturn:
+    """Have this process go on as the server, without what it has loaded so far (8 MB of a command line's libraries)."""
+    os.environ["HOLDGATE_CONFIG"] = str(config_path.resolve()) if config_path else ""
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "gateway.serving"])
+
+
+def _serve() -> None:
     """Serve until told to stop; prints one line to standard output when requests are answered."""
+    path = os.environ["HOLDGATE_CONFIG"]
+    settings = load_settings(Path(path) if path else None, os.environ)
     configure_logs(settings.log.level, settings.log.format)
     sock = _listen(settings)
-    if config_path is not None:
-        os.environ["HOLDGATE_CONFIG"] = str(config_path.resolve())
     config = uvicorn.Config(
         "gateway.app:worker",
         factory=True,
@@ -85,3 +92,7 @@ def _announce(url: str) -> None:
             time.sleep(0.05)
     sys.stdout.write(f"holdgate ready on {url}\n")
     sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _serve()
