@@ -30,6 +30,22 @@ _SHORT_ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 #: Of ASCII, what can become another character with a mark behind it.
 _JOINED = frozenset(("<", "=", ">", *string.ascii_letters))
 
+#: Letters of other scripts that look like those of ASCII, and signs that look like a hyphen (after UTS #39, section 4, and
+#: its confusables.txt; one character for one, none that marks can make of another).
+_LOOKS = str.maketrans(
+    "асԁеһіјӏорԛѕѵԝхуүкАВСЕНІЈКМОРЅТХУѴԚԜҮ"  # Cyrillic
+    "ανγικορσυχϳΑΒΕΖΗΙΚΜΝΟΡΤΥΧ"  # Greek
+    "օոսհցզՏՕԼ"  # Armenian
+    "ᎠᎡᎢᎪᎬᎷᎻᏀᏃᏔᏚᏞᏟᏢᏦᏴ"  # Cherokee
+    "ıɑɡɩ\u2010\u2012\u2013\u2212",
+    "acdehijlopqsvwxyykABCEHIJKMOPSTXYVQWY"
+    "avyikopouxjABEZHIKMNOPTYX"
+    "onuhgqSOL"
+    "DRTAEMHGZWSLCPKB"
+    "iagi----",
+)
+_LOOKS_LIKE_ASCII = re.compile("[" + "".join(map(chr, _LOOKS)) + "]")
+
 #: Longest run of marks treated as one character; the stream-safe format of UAX #15 allows 30.
 _MAX_CLUSTER = 32
 
@@ -91,6 +107,8 @@ class View:
 def views(text: str, *, is_json: bool) -> tuple[View, ...]:
     r"""The text as written, then, if it differs, with JSON escapes undone and folded (NFKC, hidden characters dropped).
 
+    A last view has ASCII in place of the letters of other scripts that look like it, if there are any.
+
     Of JSON the escapes are undone in the first view too: there `\u0041` is no more than another way to write a letter.
     Linear in the length of the text; for plain ASCII without a backslash a single view.
     """
@@ -102,7 +120,11 @@ def views(text: str, *, is_json: bool) -> tuple[View, ...]:
         written = folded
     if not folded.ascii:
         folded = _rewritten(folded, _clusters(folded.text))
-    return (written,) if folded is written else (written, folded)
+    seen = (written,) if folded is written else (written, folded)
+    if not folded.ascii and _LOOKS_LIKE_ASCII.search(folded.text):
+        whole = [(0, len(folded.text), True)]
+        seen = (*seen, View(folded.text.translate(_LOOKS), folded, whole, [0]))
+    return seen
 
 
 class Growing:
