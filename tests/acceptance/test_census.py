@@ -37,6 +37,9 @@ PLACES: dict[str, dict[str, Any]] = {
     "escaped arguments": {
         "tool_calls": [{"name": "pay", "arguments": '{"to": "\\u0043ODE\\u002d1234"}'}]
     },
+    "arguments escaped twice": {
+        "tool_calls": [{"name": "pay", "arguments": '{"to": "{\\"a\\": \\"\\\\u0043ODE-1234\\"}"}'}]
+    },
     "refusal": {"refusal": f"I will not say {CODE}."},
     "reasoning": {"reasoning": f"So it is {CODE}.", "text": "Fine."},
     "hidden text": {"text": "It is C\u200bOD\u00adE-1\ufe0f234."},

@@ -54,6 +54,16 @@ def test_escapes_of_other_text_are_undone_in_the_second_view_only() -> None:
     assert undone.text == "C:\new A"
 
 
+def test_escapes_of_json_in_a_string_of_json_are_undone_too() -> None:
+    inner = json.dumps({"code": "\u00e9CODE"})
+    *_, once, twice = views(json.dumps({"text": inner}), is_json=True)
+
+    assert once.text == f'{{"text": "{inner}"}}'
+    assert twice.text == '{"text": "{"code": "\u00e9CODE"}"}'
+    start = twice.text.index("\u00e9")
+    assert twice.original(start, start + 1) == (start + 3, start + 10)
+
+
 def test_letters_that_look_like_ascii_are_read_as_ascii_in_a_view_of_their_own() -> None:
     written, *_, read = views(
         "p\u0430\u200bss\u03bfr\u0501 \uff21\u039a\u0406\u0410\u20131", is_json=False
