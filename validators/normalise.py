@@ -30,6 +30,25 @@ _SHORT_ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 #: Of ASCII, what can become another character with a mark behind it.
 _JOINED = frozenset(("<", "=", ">", *string.ascii_letters))
 
+#: Letters of other scripts that look like those of ASCII, and signs that look like a hyphen (after UTS #39, section 4, and
+#: its confusables.txt; one character for one, none that marks can make of another).
+_LOOKS = str.maketrans(
+    "асԁеһіјӏорԛѕѵԝхуүкАВСЕНІЈКМОРЅТХУѴԚԜҮ"  # Cyrillic
+    "ανγικορσυχϳΑΒΕΖΗΙΚΜΝΟΡΤΥΧ"  # Greek
+    "օոսհցզՏՕԼ"  # Armenian
+    "ᎠᎡᎢᎪᎬᎷᎻᏀᏃᏔᏚᏞᏟᏢᏦᏴ"  # Cherokee
+    "ıɑɡɩ\u2010\u2012\u2013\u2212",
+    "acdehijlopqsvwxyykABCEHIJKMOPSTXYVQWY"
+    "avyikopouxjABEZHIKMNOPTYX"
+    "onuhgqSOL"
+    "DRTAEMHGZWSLCPKB"
+    "iagi----",
+)
+_LOOKS_LIKE_ASCII = re.compile("[" + "".join(map(chr, _LOOKS)) + "]")
+
+#: How often escapes are undone: in JSON, and in JSON in one of its strings.
+_MAX_LEVELS = 2
+
 #: Longest run of marks treated as one character; the stream-safe format of UAX #15 allows 30.
 _MAX_CLUSTER = 32
 
@@ -89,20 +108,27 @@ class View:
 
 
 def views(text: str, *, is_json: bool) -> tuple[View, ...]:
-    r"""The text as written, then, if it differs, with JSON escapes undone and folded (NFKC, hidden characters dropped).
+    r"""The text as written, then, where it differs, what a reader may make of it.
 
+    First JSON escapes are undone and it is folded (NFKC, hidden characters dropped). The same again if escapes are left, as in
+    JSON in a JSON string. Of each of these one more has ASCII in place of the letters of other scripts that look like it.
     Of JSON the escapes are undone in the first view too: there `\u0041` is no more than another way to write a letter.
     Linear in the length of the text; for plain ASCII without a backslash a single view.
     """
     written = View(text)
     if written.ascii and "\\" not in text:
         return (written,)
-    folded = _rewritten(written, _escapes(text)) if "\\" in text else written
-    if is_json:
-        written = folded
-    if not folded.ascii:
-        folded = _rewritten(folded, _clusters(folded.text))
-    return (written,) if folded is written else (written, folded)
+    levels = [written]
+    while len(levels) <= _MAX_LEVELS and "\\" in levels[-1].text:
+        levels.append(_rewritten(levels[-1], _escapes(levels[-1].text)))
+    seen = [levels[min(is_json, len(levels) - 1)]]
+    for level in levels[1:] or levels:
+        folded = level if level.ascii else _rewritten(level, _clusters(level.text))
+        seen.append(folded)
+        if not folded.ascii and _LOOKS_LIKE_ASCII.search(folded.text):
+            whole = [(0, len(folded.text), True)]
+            seen.append(View(folded.text.translate(_LOOKS), folded, whole, [0]))
+    return tuple(dict.fromkeys(seen))
 
 
 class Growing:
@@ -140,12 +166,23 @@ class Growing:
         return min(begins)
 
     def _unsettle(self) -> None:
-        text = self.text
-        read = View(text)
-        if "\\" in text:
-            cuts = (match.start() for match in _UNFINISHED.finditer(text) if match["cut"])
-            self.settled = self.marks = self.cut = next(cuts, len(text))
-            read = _rewritten(View(text[: self.cut]), _escapes(text[: self.cut]))
+        level = View(self.text)
+        for number in range(_MAX_LEVELS):
+            if "\\" in level.text:
+                cuts = (match.start() for match in _UNFINISHED.finditer(level.text) if match["cut"])
+                cut = next(cuts, len(level.text))
+                if cut < len(level.text):
+                    self.cut = level.original(cut, cut + 1)[0]
+                    level = View(level.text[:cut], level, [(0, cut, True)], [0])
+                level = _rewritten(level, _escapes(level.text))
+            elif number:
+                break
+            self._unsettle_end(level)
+        self.settled = min(self.settled, self.cut)
+        self.marks = min(self.marks, self.cut)
+
+    def _unsettle_end(self, read: View) -> None:
+        """See what marks may still make of the end of the text, with escapes undone."""
         chars = read.text
         size = marks = len(chars)
         while marks and chars[marks - 1] > "\x7f" and _joins(chars[marks - 1]):
@@ -157,12 +194,13 @@ class Growing:
             return
         first += (size - 1 - first) // _MAX_CLUSTER * _MAX_CLUSTER
         marks = max(marks, first)
-        self.bases = unicodedata.normalize("NFKD", chars[first])
-        self.settled = read.original(first, first + 1)[0]
+        self.bases += unicodedata.normalize("NFKD", chars[first])
+        settled = read.original(first, first + 1)[0]
+        self.settled = min(self.settled, settled)
         if len(unicodedata.normalize("NFKC", chars[first])) != 1:
-            self.marks = self.settled
+            self.marks = min(self.marks, settled)
         elif marks < size:
-            self.marks = read.original(marks, marks + 1)[0]
+            self.marks = min(self.marks, read.original(marks, marks + 1)[0])
 
 
 @cache

@@ -53,8 +53,9 @@ STREAMS = {
     "responses": [
         b'event: response.created\ndata: {"type":"response.created","response":{"id":"r"}}\n\n',
         b'event: response.output_text.delta\ndata: {"delta":"\\u0041", "type":',
-        b'"response.output_text.delta"}\n\nevent: response.completed\n',
-        b'data: {"response":{"id":"r","status":"completed","output":[]},"type":"response.completed"}\n\n',
+        b'"response.output_text.delta", "output_index":0,"content_index":0}\n\nevent: response.completed\n',
+        b'data: {"response":{"id":"r","status":"completed","output":[{"type":"message","content":[{"text":"A",',
+        b'"type":"output_text"}]}]},"type":"response.completed"}\n\n',
     ],
 }
 

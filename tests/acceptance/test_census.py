@@ -37,15 +37,26 @@ PLACES: dict[str, dict[str, Any]] = {
     "escaped arguments": {
         "tool_calls": [{"name": "pay", "arguments": '{"to": "\\u0043ODE\\u002d1234"}'}]
     },
+    "arguments escaped twice": {
+        "tool_calls": [{"name": "pay", "arguments": '{"to": "{\\"a\\": \\"\\\\u0043ODE-1234\\"}"}'}]
+    },
     "refusal": {"refusal": f"I will not say {CODE}."},
     "reasoning": {"reasoning": f"So it is {CODE}.", "text": "Fine."},
     "hidden text": {"text": "It is C\u200bOD\u00adE-1\ufe0f234."},
     "wide text": {"text": "It is ＣＯＤＥ－１２３４."},
+    "look-alikes": {"text": "It is \u0421\u041eDE\u20131234."},
     "structured text": {"text": json.dumps({"answer": {"code": CODE}})},
 }
 SPOKEN = {
     "chat": set(PLACES),
-    "completions": {"text", "the last choice", "the first choice", "hidden text", "wide text"},
+    "completions": {
+        "text",
+        "the last choice",
+        "the first choice",
+        "hidden text",
+        "wide text",
+        "look-alikes",
+    },
     "responses": set(PLACES) - {"the last choice", "the first choice"},
 }
 

@@ -154,11 +154,20 @@ def redacted(rules: Policy, texts: dict[Lane, str]) -> dict[Lane, str]:
 _FRAGMENTS = [
     "CODE-1234", "CODE", "-", "1234", "12", "4242 4242 4242 4242", "4242424242424242", "ada@example.com",
     "@example.com", "+49 30 901820", "GB82 WEST 1234 5698 7654 32", "a", "aa", "b", "ab", " ", "\n", ".", "secret",
-    "10.8.8.8", "8.8.", "2001:4860:4860::8888", "fe80::1", ":", "212 555 2368", "SECRET", "sec", "ret", "\u200b", "\u0301", "Ｃ", "ＯＤＥ－１２３４", "é", "\\u0043ODE-1234", "\\", "\\u00", "34",
+    "\\\\u0043ODE-1234", "\\\\", "\\\\u00", "\\\\u0301", "\u0421\u041eDE-1234", "s\u0435cr", "CODE\u2013", "\u0430\u0430", "10.8.8.8", "8.8.", "2001:4860:4860::8888", "fe80::1", ":", "212 555 2368", "SECRET", "sec", "ret", "\u200b", "\u0301", "Ｃ", "ＯＤＥ－１２３４", "é", "\\u0043ODE-1234", "\\", "\\u00", "34",
     "\\ud83d\\ude00", "🦉", "한", "ᄒ", "ᅡ", "{", "}", "[", '"', '{"card": "4242424242424242"}', "x" * 40, "9" * 30,
 ]  # fmt: skip
 mixed = st.lists(st.sampled_from(_FRAGMENTS) | st.text(max_size=4), max_size=40).map("".join)
-_ALPHABETS = ["ab", "a1", "1 ", "a\\", "ae\u0301\u200b", "12.-", "\u1112\u1161\u11aba1"]
+_ALPHABETS = [
+    "ab",
+    "a1",
+    "1 ",
+    "a\\",
+    "ae\u0301\u200b",
+    "12.-",
+    "\u1112\u1161\u11aba1",
+    "a\u0430\u0301\u0456\u0308",
+]
 #: Texts in which matches overlap, touch and hide each other for long stretches.
 dense = st.sampled_from(_ALPHABETS).flatmap(lambda alphabet: st.text(alphabet, max_size=250))
 texts = mixed | dense
