@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
+from math import inf
+from typing import Generic, TypeVar
 
 from gateway.errors import Forbidden, Unauthenticated
 from gateway.ports import Store
 from gateway.records import ApiKey, Role
+
+T = TypeVar("T")
 
 _PREFIX = "hgk_"
 _CACHE_S = 5.0
@@ -63,12 +69,9 @@ class Authenticator:
     def __init__(
         self, store: Store, *, required: bool | None, monotonic_s: Callable[[], float]
     ) -> None:
-        self._store = store
         self._required = required
-        self._monotonic_s = monotonic_s
-        self._known: OrderedDict[str, tuple[float, ApiKey | None]] = OrderedDict()
-        self._asked_at = float("-inf")
-        self._asks = required is not False
+        self._keys = _Lookups(store.key_by_digest, monotonic_s)
+        self._any_key = _Lookups(partial(_has_keys, store), monotonic_s)
 
     async def caller(self, authorization: str | None, *, origin: str | None, host: str) -> Caller:
         """The caller that an `Authorization: Bearer` header names.
@@ -93,7 +96,7 @@ class Authenticator:
         scheme, _, secret = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not secret.strip():
             raise Unauthenticated("Send a Holdgate API key: 'Authorization: Bearer hgk_…'.")
-        key = await self._key(digest(secret.strip()))
+        key = await self._keys.of(digest(secret.strip()))
         if key is None:
             raise Unauthenticated(
                 "This API key is not known here; `holdgate key create` makes one."
@@ -101,19 +104,50 @@ class Authenticator:
         return Caller(key.name, key.role, key)
 
     async def _asks_for_keys(self) -> bool:
-        now = self._monotonic_s()
-        if self._required is None and now - self._asked_at >= _CACHE_S:
-            # A revoked key counts: to revoke the last one must not open the door to everybody.
-            self._asks = bool(await self._store.keys())
-            self._asked_at = now
-        return self._asks
+        # A revoked key counts: to revoke the last one must not open the door to everybody.
+        return self._required is True or (
+            self._required is None and await self._any_key.of("") is True
+        )
 
-    async def _key(self, key_digest: str) -> ApiKey | None:
-        now = self._monotonic_s()
-        at, key = self._known.get(key_digest, (float("-inf"), None))
-        if now - at >= _CACHE_S:
-            key = await self._store.key_by_digest(key_digest)
-            self._known[key_digest] = now, key
-            if len(self._known) > _CACHE_SIZE:
-                self._known.popitem(last=False)
-        return key
+
+async def _has_keys(store: Store, _: str) -> bool:
+    return bool(await store.keys())
+
+
+def _outcome(task: asyncio.Task[T]) -> BaseException | None:
+    return None if task.cancelled() else task.exception()
+
+
+class _Lookups(Generic[T]):
+    """Answers of the store, at most 5 s old; while they are asked for, renewed ahead of time so that nobody waits."""
+
+    def __init__(
+        self, find: Callable[[str], Awaitable[T]], monotonic_s: Callable[[], float]
+    ) -> None:
+        self._find = find
+        self._monotonic_s = monotonic_s
+        self._known: OrderedDict[str, tuple[float, T]] = OrderedDict()
+        self._looking: dict[str, asyncio.Task[T]] = {}
+
+    async def of(self, name: str) -> T:
+        known = self._known.get(name)
+        age_s = self._monotonic_s() - known[0] if known else inf
+        if known and age_s < _CACHE_S / 2:
+            return known[1]
+        if (looking := self._looking.get(name)) is None:
+            looking = self._looking[name] = asyncio.create_task(self._look(name))
+            looking.add_done_callback(_outcome)  # nobody may be waiting for it
+        if known and age_s < _CACHE_S:
+            return known[1]
+        return await asyncio.shield(looking)
+
+    async def _look(self, name: str) -> T:
+        asked_at_s = self._monotonic_s()
+        try:
+            found = await self._find(name)
+        finally:
+            del self._looking[name]
+        self._known[name] = asked_at_s, found
+        if len(self._known) > _CACHE_SIZE:
+            self._known.popitem(last=False)
+        return found

@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 
 from gateway import wire
 from gateway.auth import Caller
@@ -33,7 +34,6 @@ _NOT_RELAYED = frozenset(
         "content-length",
         "date",
         "server",
-        "x-request-id",
         "alt-svc",
     ]
 )
@@ -58,12 +58,22 @@ class Patience:
         Of a preference that is there twice the first counts.
         """
         preferences: dict[str, str] = {}
-        for preference in _ELEMENT.findall(headers.get("prefer", "")[:_MAX_PREFER_CHARS]):
+        asked = headers.get("prefer", "")[:_MAX_PREFER_CHARS]
+        for preference in _ELEMENT.findall(asked) if asked else ():
             name, _, value = preference.partition(";")[0].partition("=")
             preferences.setdefault(name.strip().lower(), value.strip('" '))
         timeout = headers.get("x-stainless-read-timeout") or headers.get("x-stainless-timeout", "")
         wait_s = _seconds(preferences.get("wait", ""))
         return cls(wait_s, "respond-async" in preferences, _seconds(timeout))
+
+    def until_s(self, received_s: float, *, streamed: bool) -> float:
+        """When the client of a call that came at `received_s` must have its answer: shortly before it gives up.
+
+        Infinity if it does not say, and on streams, where keep-alive comments reset its timeout.
+        """
+        if self.timeout_s is None or streamed:
+            return inf
+        return received_s + max(self.timeout_s - min(_MARGIN_S, self.timeout_s / 4), 0.0)
 
     def of_hold_s(self, policy_wait_s: float, *, streamed: bool) -> float:
         """How long to wait for a person before saying that the response is held.
@@ -72,15 +82,15 @@ class Patience:
         """
         if self.respond_async:
             return 0.0
-        waits = [policy_wait_s]
+        waits = [policy_wait_s, self.until_s(0.0, streamed=streamed)]
         if self.wait_s is not None:
             waits.append(self.wait_s)
-        if self.timeout_s is not None and not streamed:
-            waits.append(max(self.timeout_s - min(_MARGIN_S, self.timeout_s / 4), 0.0))
         return min(waits)
 
 
 def _seconds(text: str) -> float | None:
+    if not text:
+        return None
     try:
         value = float(text)
     except ValueError:
@@ -203,11 +213,11 @@ class Held:
 
 
 def relayed(headers: Headers) -> Headers:
-    """The provider's response headers that a client may see, its request id under a name of its own."""
-    kept = [(name, value) for name, value in headers if name.lower() not in _NOT_RELAYED]
-    kept += [
-        ("x-holdgate-upstream-request-id", v)
-        for name, v in headers
-        if name.lower() == "x-request-id"
-    ]
+    """The provider's response headers (names in lower case) that a client may see, its request id under a name of its own."""
+    kept = []
+    for name, value in headers:
+        if name == "x-request-id":
+            kept.append(("x-holdgate-upstream-request-id", value))
+        elif name not in _NOT_RELAYED:
+            kept.append((name, value))
     return kept

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import secrets
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -67,7 +68,8 @@ class Recorder:
         began_s = self._clock.monotonic_s()
         upstream_ms = outcome.answer.upstream_ms if outcome.answer else 0.0
         latency_ms = 1000 * (began_s - outcome.call.received_s)
-        overhead_ms = latency_ms - upstream_ms
+        judge_ms = outcome.judgement.effort.judge_ms or 0.0
+        overhead_ms = latency_ms - upstream_ms - judge_ms
         task = _task(outcome, now)
         record = _decision(outcome, now, latency_ms, overhead_ms)
         erase_at: datetime | None = None
@@ -86,7 +88,18 @@ class Recorder:
             redacted_request=redacted[0],
             redacted_response=redacted[1],
         )
-        self._count(outcome, overhead_ms, upstream_ms, self._clock.monotonic_s() - began_s)
+        record_s = self._clock.monotonic_s() - began_s
+        # The client need not wait for this: it is next after the reply that this task is about to send.
+        asyncio.get_running_loop().call_soon(self._tell, outcome, record, task, record_s)
+        if task is not None:
+            await self._bus.publish(Event(OPENED, task.id))
+        return record, task
+
+    def _tell(
+        self, outcome: Outcome, record: DecisionRecord, task: NewTask | None, record_s: float
+    ) -> None:
+        upstream_ms = outcome.answer.upstream_ms if outcome.answer else 0.0
+        self._count(outcome, record.overhead_ms, upstream_ms, record_s)
         _log.info(
             "decision",
             id=record.id,
@@ -97,12 +110,9 @@ class Recorder:
             confidence=record.confidence,
             status=record.status,
             task=task.id if task else None,
-            latency_ms=round(latency_ms, 2),
-            overhead_ms=round(overhead_ms, 2),
+            latency_ms=round(record.latency_ms, 2),
+            overhead_ms=round(record.overhead_ms, 2),
         )
-        if task is not None:
-            await self._bus.publish(Event(OPENED, task.id))
-        return record, task
 
     def _count(
         self, outcome: Outcome, overhead_ms: float, upstream_ms: float, record_s: float
@@ -119,14 +129,18 @@ class Recorder:
             decision.intended.value,
             decision.risk.value,
         ).inc()
-        rules_ms = 0.0
         for result in outcome.judgement.evidence.results.values():
             metrics.checks.labels(policy, result.check, result.outcome.value).inc()
-            rules_ms += result.latency_ms
+        effort = outcome.judgement.effort
+        metrics.layer_requests.labels("rules").inc()
+        if effort.judge_ms is not None:
+            metrics.layer_requests.labels("judge").inc()
+            metrics.layer_usd.labels("judge").inc(effort.judge_usd or 0.0)
+            metrics.layer_seconds.labels("judge").observe(effort.judge_ms / 1000)
         metrics.overhead_seconds.observe(max(overhead_ms, 0) / 1000)
         for layer, seconds in (
             ("upstream", upstream_ms / 1000),
-            ("rules", rules_ms / 1000),
+            ("rules", effort.rules_ms / 1000),
             ("record", record_s),
         ):
             metrics.layer_seconds.labels(layer).observe(seconds)
@@ -136,7 +150,10 @@ def _decision(
     outcome: Outcome, now: datetime, latency_ms: float, overhead_ms: float
 ) -> DecisionRecord:
     call, decision, answer = outcome.call, outcome.judgement.decision, outcome.answer
-    detail = to_json(decision, outcome.judgement.evidence)
+    content = outcome.match.policy.content
+    detail = to_json(decision, outcome.judgement.evidence, content=content != "digest")
+    if content == "redacted":
+        _mask_rationales(detail)
     detail["match"] = outcome.match.reason
     if outcome.note:
         detail["note"] = outcome.note
@@ -177,7 +194,17 @@ def _decision(
         response_headers=dict(relayed(answer.headers))
         if answer and decision.action is Action.HOLD
         else {},
+        effort=outcome.judgement.effort,
     )
+
+
+def _mask_rationales(detail: dict[str, JSON]) -> None:
+    """Mask what judges say in their own words: they may quote what they judge."""
+    evidence: Any = detail["evidence"]
+    for result in evidence["results"].values():
+        if opinion := result["opinion"]:
+            words = masked(orjson.dumps(opinion["rationale"]))
+            opinion["rationale"] = "" if words is None else orjson.loads(words)
 
 
 def _task(outcome: Outcome, now: datetime) -> NewTask | None:
@@ -230,7 +257,7 @@ def was_answered(record: DecisionRecord) -> bool:
 
 def new_id(prefix: str, now: datetime) -> str:
     """A fresh id: a prefix, 48 bits of milliseconds, 80 random bits (as UUIDv7, RFC 9562 section 5.7: later ids sort later)."""
-    return f"{prefix}_{int(now.timestamp() * 1000):012x}{secrets.token_hex(10)}"
+    return f"{prefix}_{int(now.timestamp() * 1000):012x}{os.urandom(10).hex()}"
 
 
 #: Checks report a bounded number of findings, so a body is masked in rounds.

@@ -12,7 +12,7 @@ import orjson
 from gateway import sse
 from gateway.edits import Mask, masks_of, united, with_masks
 from gateway.errors import ResponseBlocked
-from policies import Policy, Stage, run_stage
+from policies import Policy, run_validators
 from validators import (
     MAX_FINDINGS,
     Choice,
@@ -190,9 +190,8 @@ class _Lane:
     def _search(self) -> list[tuple[Scan, Sequence[Finding]]]:
         """Look at the whole text, which has ended."""
         self.settled = self.length
-        stage = Stage.model_construct(name="window", checks=self._checks)
         exchange = Exchange("chat", {}, (_choice(self._target, Passage("", "".join(self._text))),))
-        results = run_stage(stage, exchange, lambda: 0.0)
+        results = run_validators(self._checks, exchange, lambda: 0.0)
         for check in self._checks:
             if results[check.id].outcome is Outcome.ERROR:
                 raise _stopped(f"the check {check.id}, which could not run")
@@ -316,28 +315,27 @@ def _texts(chunk: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, A
     for choice in chunk.get("choices") or ():
         index = choice.get("index") or 0
         said = choice.get("delta") or choice.get("message") or {}
-        content = said.get("content")
-        parts = content if isinstance(content, list) else ()
-        calls = [
-            (object() if call.get("index") is None else call["index"], call.get(kind))
-            for call in said.get("tool_calls") or ()
-            for kind in ("function", "custom")
-        ]
-        called = [
-            ("arguments", number, function or {}, name)
-            for number, function in [*calls, ("call", said.get("function_call"))]
-            for name in ("arguments", "input")
-        ]
-        holders = [
-            ("text", None, choice, "text"),
-            *((name, None, said, name) for name in ("content", *_ASIDES)),
-            *(("content", None, part, "text") for part in parts),
-            *(("refusal", None, part, "refusal") for part in parts),
-            *called,
-        ]
-        for lane, number, holder, name in holders:
+        for lane, number, holder, name in _holders(choice, said):
             if isinstance(holder.get(name), str) and holder[name]:
                 yield (index, lane, number), holder, name
+
+
+def _holders(
+    choice: dict[str, Any], said: dict[str, Any]
+) -> Iterator[tuple[str, Any, dict[str, Any], str]]:
+    yield "text", None, choice, "text"
+    for name in ("content", *_ASIDES):
+        yield name, None, said, name
+    if isinstance(parts := said.get("content"), list):
+        yield from (("content", None, part, "text") for part in parts)
+        yield from (("refusal", None, part, "refusal") for part in parts)
+    for call in said.get("tool_calls") or ():
+        number = object() if call.get("index") is None else call["index"]
+        for kind in ("function", "custom"):
+            function = call.get(kind) or {}
+            yield from (("arguments", number, function, name) for name in ("arguments", "input"))
+    if function := said.get("function_call"):
+        yield from (("arguments", "call", function, name) for name in ("arguments", "input"))
 
 
 def _choice(target: Target, passage: Passage) -> Choice:

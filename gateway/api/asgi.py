@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from functools import cached_property
+from functools import lru_cache
 from urllib.parse import quote, unquote
 
 from starlette.types import Receive, Scope, Send
@@ -42,7 +42,7 @@ class Exchange:
         self.started = False
         self.ended = False
 
-    @cached_property
+    @property
     def path(self) -> str:
         """The path below /v1 as the most forgiving server may read it: decoded to the end, without parameters.
 
@@ -51,16 +51,7 @@ class Exchange:
         InvalidRequest
             If it has empty or dot segments: what a provider makes of them may be another path than the one checked here.
         """
-        path = unquote(self.raw_path)
-        for _ in range(_MAX_ENCODINGS):
-            path = unquote(path)
-        segments = path.removesuffix("/").split("/")[1:]
-        if {".", ".."} & set(segments) or "" in segments or "\\" in path:
-            raise InvalidRequest(
-                f"The path {path[:200]!r} has empty or dot segments; write it plainly.",
-                code="invalid_path",
-            )
-        return "".join("/" + _PARAMETERS.split(segment, 1)[0] for segment in segments)
+        return _plain(self.raw_path)
 
     @property
     def has_body(self) -> bool:
@@ -159,10 +150,20 @@ class Exchange:
 
 
 def _encoded(headers: Headers) -> list[tuple[bytes, bytes]]:
-    return [
-        (name.lower().encode("latin-1"), value.encode("latin-1", "replace"))
-        for name, value in headers
-    ]
+    return [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers]
+
+
+@lru_cache(maxsize=256)
+def _plain(path: str) -> str:
+    for _ in range(1 + _MAX_ENCODINGS):
+        path = unquote(path)
+    segments = path.removesuffix("/").split("/")[1:]
+    if {".", ".."} & set(segments) or "" in segments or "\\" in path:
+        raise InvalidRequest(
+            f"The path {path[:200]!r} has empty or dot segments; write it plainly.",
+            code="invalid_path",
+        )
+    return "".join("/" + _PARAMETERS.split(segment, 1)[0] for segment in segments)
 
 
 def _raw_path(scope: Scope) -> str:

@@ -24,6 +24,7 @@ from gateway.errors import (
     NotFound,
     UpstreamError,
 )
+from gateway.interviews import is_from_judge
 from gateway.ports import UpstreamCall
 from gateway.recording import new_id
 from gateway.records import DecisionRecord, Role
@@ -102,6 +103,12 @@ class OpenAIEdge:
 
     async def _checked(self, exchange: Exchange, caller: Caller, endpoint: str) -> None:
         services = self._services
+        if is_from_judge(exchange.headers):
+            raise Forbidden(
+                "This is a judge's question, and a judge is not judged: let the judge's model have the address of its "
+                "provider, not of a gateway.",
+                code="judge_refused",
+            )
         call = make_call(
             decision_id=exchange.id,
             endpoint=endpoint,
@@ -147,24 +154,37 @@ class OpenAIEdge:
         answering: Coroutine[None, None, Reply],
     ) -> None:
         """Send the reply as soon as there is one; if that takes long, open the stream and keep it alive with comments."""
-        working = asyncio.create_task(answering)
+        waiting: asyncio.Task[None] | None = None
+
+        def keep_waiting() -> None:
+            nonlocal waiting
+            waiting = asyncio.create_task(self._keep_alive(exchange, opening))
+
         keepalive_s = self._services.settings.hold.keepalive_s
-        event_stream = ("content-type", "text/event-stream; charset=utf-8")
+        timer = asyncio.get_running_loop().call_later(keepalive_s, keep_waiting)
         try:
-            while not (await asyncio.wait([working], timeout=keepalive_s))[0]:
-                if not exchange.started:
-                    await exchange.start(
-                        200, [event_stream, ("x-holdgate-decision", exchange.id), *opening]
-                    )
-                await exchange.send(sse.comment("checking"), more=True)
-        except asyncio.CancelledError:
-            working.cancel()
-            await asyncio.wait([working])
-            raise
+            reply = await answering
+        except GatewayError as error:
+            if waiting is None:
+                raise
+            reply = Reply(200, [], sse.error_events(endpoint, error))
+        finally:
+            timer.cancel()
+            if waiting is not None:
+                waiting.cancel()
+                await asyncio.wait([waiting])
         if exchange.started:
-            await exchange.send_parts(_late(endpoint, working))
+            await exchange.send_parts(_late(endpoint, reply))
         else:
-            await exchange.respond(working.result())
+            await exchange.respond(reply)
+
+    async def _keep_alive(self, exchange: Exchange, opening: Headers) -> None:
+        event_stream = ("content-type", "text/event-stream; charset=utf-8")
+        decision = ("x-holdgate-decision", exchange.id)
+        await exchange.start(200, [event_stream, decision, *opening])
+        while True:
+            await exchange.send(sse.comment("checking"), more=True)
+            await asyncio.sleep(self._services.settings.hold.keepalive_s)
 
     # ---------------------------------------------------------------------------------------- what is kept here
 
@@ -260,7 +280,7 @@ class OpenAIEdge:
             model=model,
         )
         async with await services.models.send(call) as response:
-            lengths = [(n, v) for n, v in response.headers if n.lower() == "content-length"]
+            lengths = [(n, v) for n, v in response.headers if n == "content-length"]
             ours = [("x-request-id", exchange.id), ("x-holdgate-action", "passthrough")]
             headers = [*relayed(response.headers), *lengths, *ours]
             await exchange.respond(Reply(response.status, headers, response.iter_chunks()))
@@ -285,20 +305,11 @@ def _error_reply(exchange: Exchange, error: GatewayError) -> Reply:
     return Reply(error.status, list(headers.items()), error.body())
 
 
-async def _late(endpoint: str, working: asyncio.Future[Reply]) -> AsyncIterator[bytes]:
+def _late(endpoint: str, reply: Reply) -> AsyncIterator[bytes] | bytes:
     """The rest of a stream that was opened before there was a reply."""
-    try:
-        reply = working.result()
-    except GatewayError as error:
-        yield sse.error_events(endpoint, error)
-        return
-    if not isinstance(reply.body, bytes):
-        async for part in reply.body:
-            yield part
-    elif 200 <= reply.status < 300:
-        yield reply.body
-    else:
-        yield sse.error_events(endpoint, _as_error(reply.status, reply.body))
+    if isinstance(reply.body, bytes) and not 200 <= reply.status < 300:
+        return sse.error_events(endpoint, _as_error(reply.status, reply.body))
+    return reply.body
 
 
 def _as_error(status: int, body: bytes) -> GatewayError:

@@ -29,6 +29,7 @@ _SHOWN = (
     "support",
     "tag",
     "unsure",
+    "ungrounded",
     "personal_data",
     "refund_small",
     "refund_mended",

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
@@ -41,6 +42,9 @@ class Engine(Protocol):
 
     async def write(self, operation: Operation[T], *, patience_s: float | None = None) -> T:
         """Run an operation in a transaction, durable when this returns; `patience_s` is PATIENCE_S unless given."""
+
+    def submit(self, operation: Operation[None], done: Callable[[Exception | None], None]) -> None:
+        """Write without anybody awaiting it: `done` is called on the event loop, once it is durable or has failed."""
 
     async def close(self) -> None:
         """Finish what was begun and let go of threads and connections."""
@@ -107,10 +111,16 @@ class SqliteEngine:
     async def write(self, operation: Operation[T], *, patience_s: float | None = None) -> T:
         """Run an operation in a transaction, durable when this returns."""
         self._refuse_if_closed()
-        job = _Job(operation, asyncio.get_running_loop(), patience_s or PATIENCE_S)
-        self._jobs.put(job)
-        result: T = await job.future
-        return result
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._jobs.put(_Job(operation, loop, patience_s or PATIENCE_S, partial(_settle, future)))
+        return await future
+
+    def submit(self, operation: Operation[None], done: Callable[[Exception | None], None]) -> None:
+        """Write without anybody awaiting it: `done` is called on the event loop, once it is durable or has failed."""
+        self._refuse_if_closed()
+        loop = asyncio.get_running_loop()
+        self._jobs.put(_Job(operation, loop, PATIENCE_S, lambda _, error: done(error)))
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -144,20 +154,24 @@ class SqliteEngine:
 
 
 class _Job:
-    """An operation on its way to the writer thread, and the future of whoever waits for it."""
+    """An operation on its way to the writer thread, and who is to be told how it ended."""
 
-    __slots__ = ("_deadline_s", "_loop", "_operation", "future")
+    __slots__ = ("_deadline_s", "_done", "_loop", "_operation")
 
     def __init__(
-        self, operation: Operation[Any], loop: asyncio.AbstractEventLoop, patience_s: float
+        self,
+        operation: Operation[Any],
+        loop: asyncio.AbstractEventLoop,
+        patience_s: float,
+        done: Callable[[Any, Exception | None], None],
     ) -> None:
         self._operation = operation
         self._loop = loop
         self._deadline_s = time.monotonic() + patience_s
-        self.future: asyncio.Future[Any] = loop.create_future()
+        self._done = done
 
     def run(self, write: Callable[[Operation[Any]], Any]) -> None:
-        """Write, and wake whoever waits, unless the writer was busy for too long; called in the writer thread."""
+        """Write and tell, unless the writer was busy for too long; called in the writer thread."""
         result, error = None, None
         try:
             if time.monotonic() > self._deadline_s:
@@ -170,15 +184,16 @@ class _Job:
             error.__cause__ = failed
         # The loop is closed if the process is going down; then nobody waits.
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._settle, result, error)
+            self._loop.call_soon_threadsafe(self._done, result, error)
 
-    def _settle(self, result: Any, error: Exception | None) -> None:
-        if self.future.done():
-            return
-        if error is None:
-            self.future.set_result(result)
-        else:
-            self.future.set_exception(error)
+
+def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 
 import asyncpg
@@ -46,6 +47,7 @@ class PostgresEngine:
             pool_timeout=PATIENCE_S,
             hide_parameters=True,
         )
+        self._writing: set[asyncio.Task[None]] = set()
         self._reading = self._engine.execution_options(isolation_level="AUTOCOMMIT")
 
     async def read(self, operation: Operation[T]) -> T:
@@ -55,6 +57,22 @@ class PostgresEngine:
     async def write(self, operation: Operation[T], *, patience_s: float | None = None) -> T:
         """Run an operation in a transaction, durable when this returns."""
         return await self._run(self._engine, operation, patience_s or PATIENCE_S)
+
+    def submit(self, operation: Operation[None], done: Callable[[Exception | None], None]) -> None:
+        """Write without anybody awaiting it: `done` is called on the event loop, once it is durable or has failed."""
+        writing = asyncio.create_task(self._report(operation, done))
+        self._writing.add(writing)
+        writing.add_done_callback(self._writing.discard)
+
+    async def _report(
+        self, operation: Operation[None], done: Callable[[Exception | None], None]
+    ) -> None:
+        failed: Exception | None = None
+        try:
+            await self.write(operation)
+        except GatewayError as error:
+            failed = error
+        done(failed)
 
     async def _run(self, engine: AsyncEngine, operation: Operation[T], patience_s: float) -> T:
         try:

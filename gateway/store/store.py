@@ -7,7 +7,7 @@ import copy
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +19,15 @@ from gateway.errors import SettingsError, StoreError
 from gateway.records import (
     ApiKey,
     DecisionRecord,
+    Economics,
+    LabelledDecision,
     NewTask,
     Resolution,
+    Spend,
     TaskRecord,
     TaskState,
 )
-from gateway.store import decisions, tasks
+from gateway.store import decisions, economics, tasks
 from gateway.store.engines import Engine, Refused, SqliteEngine
 from gateway.store.migrations import is_current
 from gateway.store.rows import Entry, Erasure, entry
@@ -112,7 +115,8 @@ class SqlStore:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._waiting: list[_Waiting] = []
-        self._committing: asyncio.Task[None] | None = None
+        self._in_flight: list[_Waiting] = []
+        self._singly = 0
 
     async def record(
         self,
@@ -130,37 +134,36 @@ class SqlStore:
             rows = await asyncio.to_thread(entry, decision, task, erasure)
         else:
             rows = entry(decision, task, erasure)
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        written: asyncio.Future[None] = loop.create_future()
         self._waiting.append(_Waiting(rows, written))
-        if self._committing is None:
-            self._committing = asyncio.create_task(self._commit_waiting())
+        if not self._in_flight and len(self._waiting) == 1:
+            # Not at once: whoever else is ready in this turn of the loop shares the commit.
+            loop.call_soon(self._commit_next)
         await written
 
-    async def _commit_waiting(self) -> None:
-        singly = 0
+    def _commit_next(self) -> None:
+        if self._in_flight or not self._waiting:
+            return
+        size = 1 if self._singly else _BATCH
+        self._in_flight, self._waiting = self._waiting[:size], self._waiting[size:]
+        self._singly = max(0, self._singly - 1)
+        entries = [waiting.entry for waiting in self._in_flight]
         try:
-            while self._waiting:
-                size = 1 if singly else _BATCH
-                batch, self._waiting = self._waiting[:size], self._waiting[size:]
-                singly = max(0, singly - 1)
-                try:
-                    await self._commit(batch)
-                    _settle(batch, None)
-                except Refused as error:
-                    if len(batch) == 1:
-                        _settle(batch, error)
-                    else:
-                        self._waiting[:0], singly = batch, len(batch)
-                except StoreError as error:
-                    # Those who came meanwhile would meet the same fault: nobody waits for it twice.
-                    batch, self._waiting, singly = batch + self._waiting, [], 0
-                    _settle(batch, error)
-        finally:
-            self._committing = None
+            self._engine.submit(partial(decisions.record, entries=entries), self._committed)
+        except StoreError as error:
+            self._committed(error)
 
-    async def _commit(self, batch: list[_Waiting]) -> None:
-        entries = [waiting.entry for waiting in batch]
-        await self._engine.write(partial(decisions.record, entries=entries))
+    def _committed(self, error: Exception | None) -> None:
+        batch, self._in_flight = self._in_flight, []
+        if isinstance(error, Refused) and len(batch) > 1:
+            # One of them is to blame: each for itself, and only that one fails.
+            self._waiting[:0], self._singly, batch = batch, len(batch), []
+        elif error is not None and not isinstance(error, Refused):
+            # Those who came meanwhile would meet the same fault: nobody waits for it twice.
+            batch, self._waiting, self._singly = batch + self._waiting, [], 0
+        _settle(batch, error)
+        self._commit_next()
 
     async def decision(self, decision_id: str) -> DecisionRecord | None:
         """The decision with that id."""
@@ -220,11 +223,27 @@ class SqlStore:
             found |= await self._engine.read(partial(tasks.settled, task_ids=some))
         return found
 
+    async def labelled(self, after: str, limit: int) -> Sequence[LabelledDecision]:
+        """Decisions that people have judged, in order of their tasks' ids, those after the given id ("" for the first)."""
+        return await self._engine.read(partial(decisions.labelled, after=after, limit=limit))
+
     async def erase_due(self, now: datetime, limit: int) -> int:
         """Erase contents whose time has come; return how many decisions were touched."""
         if not await self._engine.read(partial(decisions.to_erase, now=now, limit=1)):
             return 0
         return await self._engine.write(partial(decisions.erase, now=now, limit=limit))
+
+    async def spend(self, spends: Sequence[Spend]) -> None:
+        """Add what judges cost to their stages' accounts, apart from any decision."""
+        await self._engine.write(partial(economics.spend, spends=spends, abandoned=True))
+
+    async def spent(self, day: date) -> Mapping[tuple[str, str], float]:
+        """What the judges of each stage, by policy and name, cost on a day."""
+        return await self._engine.read(partial(economics.spent, day=day))
+
+    async def economics(self, since: datetime) -> Economics:
+        """What each layer did since then."""
+        return await self._engine.read(partial(economics.since, at=since))
 
     async def create_key(self, key: ApiKey) -> None:
         """Store an API key. Raises `Conflict` if the name is taken."""
@@ -248,12 +267,12 @@ class SqlStore:
 
     async def close(self) -> None:
         """Finish what is under way and let go of everything."""
-        if self._committing is not None:
-            await self._committing
+        while under_way := [each.written for each in (*self._in_flight, *self._waiting)]:
+            await asyncio.wait(under_way)
         await self._engine.close()
 
 
-def _settle(batch: list[_Waiting], error: StoreError | None) -> None:
+def _settle(batch: list[_Waiting], error: Exception | None) -> None:
     for _, written in batch:
         if written.done():
             continue

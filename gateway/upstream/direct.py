@@ -33,7 +33,7 @@ _HOP_BY_HOP = frozenset(
 )
 #: With these a server may take a GET for a POST, and so for a call that would have to be checked.
 _OVERRIDES = {"x-http-method-override", "x-http-method", "x-method-override"}
-_NOT_SENT = _HOP_BY_HOP | _OVERRIDES | {"host", "expect", "prefer", "cookie"}
+_NOT_SENT: frozenset[str] = _HOP_BY_HOP | _OVERRIDES | {"host", "expect", "prefer", "cookie"}
 _NOT_RELAYED = _HOP_BY_HOP | {"alt-svc"}
 _PATH = re.compile(r"/[^?#\x00-\x20\x7f-\U0010ffff]*")
 _QUERY = re.compile(r"[^#\x00-\x20\x7f-\U0010ffff]*")
@@ -64,6 +64,7 @@ class DirectUpstream:
         self._base = entry.base_url or OPENAI_URL
         self._origin = str(URL(self._base).origin())
         self._authorization = f"Bearer {api_key}" if api_key else None
+        self._dropped = _NOT_SENT | {"authorization"} if api_key else _NOT_SENT
         times = entry.timeout_s
         self._timeout = aiohttp.ClientTimeout(
             total=times.total, connect=times.connect, sock_read=times.read
@@ -95,18 +96,17 @@ class DirectUpstream:
         )
 
     def _headers(self, call: UpstreamCall) -> list[tuple[str, str]]:
-        dropped = set(_NOT_SENT)
-        added = []
-        if self._authorization:
-            dropped.add("authorization")
-            added.append(("authorization", self._authorization))
+        dropped = self._dropped
         if call.readable:
-            dropped.add("accept-encoding")
-            added.append(("accept-encoding", "identity"))
+            dropped = dropped | {"accept-encoding"}
         if isinstance(call.body, bytes):
-            dropped.add("content-length")
-        kept = _end_to_end(call.headers, dropped)
-        return [(name.lower(), _utf8(value)) for name, value in kept] + added
+            dropped = dropped | {"content-length"}
+        headers = [(name, _utf8(value)) for name, value in _end_to_end(call.headers, dropped)]
+        if self._authorization:
+            headers.append(("authorization", self._authorization))
+        if call.readable:
+            headers.append(("accept-encoding", "identity"))
+        return headers
 
 
 class _Body:
@@ -154,21 +154,19 @@ def _payload(
 
 
 def _end_to_end(
-    headers: Sequence[tuple[str, str]], dropped: frozenset[str] | set[str]
+    headers: Sequence[tuple[str, str]], dropped: frozenset[str]
 ) -> list[tuple[str, str]]:
-    """Keep the headers meant for the other end (RFC 9110 section 7.6.1), and never our own."""
-    lowered = [(name.lower(), name, value) for name, value in headers]
-    named = {
-        token.strip().lower()
-        for key, _, value in lowered
-        if key == "connection"
-        for token in value.split(",")
-    }
-    return [
-        (name, value)
-        for key, name, value in lowered
-        if key not in dropped and key not in named and not key.startswith("x-holdgate-")
-    ]
+    """Keep the headers meant for the other end (RFC 9110 section 7.6.1), and never our own; names in lower case."""
+    kept = []
+    for name, value in headers:
+        key = name.lower()
+        if key == "connection":
+            dropped = dropped | {token.strip().lower() for token in value.split(",")}
+        elif key not in dropped and not key.startswith("x-holdgate-"):
+            kept.append((key, value))
+    if dropped.isdisjoint(key for key, _ in kept):
+        return kept
+    return [(key, value) for key, value in kept if key not in dropped]
 
 
 def _relayed(response: aiohttp.ClientResponse, *, unpacked: bool) -> list[tuple[str, str]]:

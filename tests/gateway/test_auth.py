@@ -164,7 +164,7 @@ async def test_what_is_remembered_of_unknown_keys_is_bounded(
     for number in range(50):
         with pytest.raises(Unauthenticated):
             await door.ask(f"hgk_guess_{number}")
-    assert len(door._auth._known) == 8
+    assert len(door._auth._keys._known) == 8
     assert (await door.ask(secret)).name == "app"
 
 

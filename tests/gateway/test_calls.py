@@ -243,15 +243,15 @@ def test_the_clients_request_id_is_kept_within_bounds(headers: Headers, request_
 
 # ------------------------------------------------------------------------------------------------ the headers
 
-HOP = ["Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Connection", "TE", "Trailer",
-       "Transfer-Encoding", "Upgrade", "Content-Length", "Date", "Server", "Alt-Svc"]  # fmt: skip
-KEPT = ["Content-Type", "Retry-After", "retry-after-ms", "X-RateLimit-Remaining-Tokens", "openai-processing-ms",
-        "x-should-retry", "Set-Cookie", "cf-ray"]  # fmt: skip
+HOP = ["connection", "keep-alive", "proxy-authenticate", "proxy-connection", "te", "trailer",
+       "transfer-encoding", "upgrade", "content-length", "date", "server", "alt-svc"]  # fmt: skip
+KEPT = ["content-type", "retry-after", "retry-after-ms", "x-ratelimit-remaining-tokens", "openai-processing-ms",
+        "x-should-retry", "set-cookie", "cf-ray"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOP)
 def test_headers_of_one_hop_are_not_relayed(name: str) -> None:
-    assert relayed([(name, "x"), (name.lower(), "y")]) == []
+    assert relayed([(name, "x"), (name, "y")]) == []
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -260,7 +260,7 @@ def test_headers_of_the_answer_are_relayed_as_often_as_they_are_there(name: str)
 
 
 def test_the_providers_request_id_has_a_name_of_its_own() -> None:
-    assert relayed([("X-Request-Id", "req_1")]) == [("x-holdgate-upstream-request-id", "req_1")]
+    assert relayed([("x-request-id", "req_1")]) == [("x-holdgate-upstream-request-id", "req_1")]
 
 
 def test_a_call_is_a_value() -> None:

@@ -54,14 +54,14 @@ async def test_a_response_is_returned_as_it_came(sqlite_store: SqlStore) -> None
     body = b' {"choices" :[{"message":{"content":"caf\\u00e9","x":1.0}}],"x":[1]} \n'
     answer = Says(
         body,
-        headers=[("Content-Type", "application/json"), ("x-request-id", "req_up"), ("Date", "x")],
+        headers=[("content-type", "application/json"), ("x-request-id", "req_up"), ("date", "x")],
     )
     rig = Rig(sqlite_store, answer)
     call = a_call({"user": "u"}, {"x-request-id": "mine"})
     reply = await rig.reply(call, RETURNS)
     assert (reply.status, reply.body) == (200, body)
     assert reply.headers[:2] == [
-        ("Content-Type", "application/json"),
+        ("content-type", "application/json"),
         ("x-holdgate-upstream-request-id", "req_up"),
     ]
     told = dict(reply.headers[2:])
