@@ -162,3 +162,22 @@ def request(model: str, *, stream: bool = False, with_logprobs: bool = False) ->
     body |= {"stream": True} if stream else {}
     body |= {"logprobs": True, "top_logprobs": 5} if with_logprobs else {}
     return json.dumps(body).encode()
+
+
+def verdict(nonce: str) -> bytes:
+    """What a judge replies: that the answer is right, with the probability of that word."""
+    tokens = ['{"nonce":"' + nonce + '","ok":"', "yes", '","why":"It is what was asked for."}']
+    entries = [
+        {"token": token, "logprob": -0.01, "top_logprobs": [{"token": token, "logprob": -0.01}]}
+        for token in tokens
+    ]
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": "".join(tokens)},
+        "finish_reason": "stop",
+        "logprobs": {"content": entries},
+    }
+    usage = {"prompt_tokens": 900, "completion_tokens": 40, "total_tokens": 940}
+    return json.dumps(
+        {"id": "v", "object": "chat.completion", "choices": [choice], "usage": usage}
+    ).encode()

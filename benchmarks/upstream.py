@@ -1,4 +1,7 @@
-"""The benchmark's upstream: prepared bytes, at the pace that the model's name asks for (`bench-50ms`, `bench-5mspt`)."""
+"""The benchmark's upstream: prepared bytes, at the pace that the model's name asks for (`bench-50ms`, `bench-5mspt`).
+
+A judge's question gets a verdict.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ _LOGPROBS = answers.completion(with_logprobs=True)
 _CHUNKS = answers.chunks()
 _DELAY = re.compile(rb"-(\d+)ms[-\"]")
 _PACE = re.compile(rb"-(\d+)mspt")
+_NONCE = re.compile(rb"<<<([0-9a-f]{16,64})")
 
 
 async def app(
@@ -38,6 +42,8 @@ async def app(
         await _stream(body, send)
         return
     reply = _LOGPROBS if b'"logprobs": true' in body else _PLAIN
+    if nonce := _NONCE.search(body):
+        reply = answers.verdict(nonce[1].decode())
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(reply)).encode()),

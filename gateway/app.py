@@ -31,7 +31,9 @@ from gateway.auth import Authenticator
 from gateway.bus import open_bus
 from gateway.delivery import Delivery
 from gateway.errors import GatewayError, InvalidRequest, NotFound, PayloadTooLarge
+from gateway.interviews import Interviewer
 from gateway.judging import Assessor
+from gateway.jury import Jury
 from gateway.live import LiveStreams
 from gateway.pipeline import Pipeline
 from gateway.policy_files import PolicyFiles
@@ -40,9 +42,11 @@ from gateway.recording import Recorder
 from gateway.reviews import Reviews, WaitingRoom
 from gateway.services import Services
 from gateway.settings import Settings, load_settings
+from gateway.spending import Prices, Spending
 from gateway.store import open_store
 from gateway.telemetry import Metrics, configure_logs
 from gateway.upstream.routing import Router
+from gateway.verdicts import Verdicts
 
 _log = structlog.get_logger()
 
@@ -102,7 +106,8 @@ def _bounded(receive: Receive, limit_bytes: int) -> Receive:
 async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
     """Every service, started; stopped in the opposite order when the context ends, with nothing lost."""
     metrics = Metrics()
-    policies = PolicyFiles(settings.policies, settings.calibrators)
+    prices = Prices(settings.models)
+    policies = PolicyFiles(settings.policies, settings.calibrators, prices)
     async with contextlib.AsyncExitStack() as stack:
         store = await open_store(settings.store.url)
         stack.push_async_callback(store.close)
@@ -110,9 +115,17 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
         stack.push_async_callback(bus.close)
         router = Router(settings)
         stack.push_async_callback(router.close)
-        room = WaitingRoom(store, bus, clock, metrics)
+        usd_per_minute = settings.review.usd_per_minute
+        room = WaitingRoom(store, bus, clock, metrics, usd_per_minute=usd_per_minute)
         recorder = Recorder(store, bus, clock, metrics)
-        assessor = Assessor(policies, clock, audit_secret=_audit_secret(settings))
+        spending = Spending(store, clock)
+        await spending.refresh()
+        stack.push_async_callback(spending.close)
+        given = settings.judges
+        interviewer = Interviewer(router, prices, clock, metrics, concurrency=given.concurrency)
+        verdicts = Verdicts(bus, clock, limit_bytes=given.cache_bytes, keep_s=given.cache_s)
+        jury = Jury(interviewer, verdicts, spending, clock, metrics, timeout_s=given.timeout_s)
+        assessor = Assessor(policies, jury, clock, audit_secret=_audit_secret(settings))
         response_bytes = settings.limits.response_bytes
         asker = Asker(router, clock, response_bytes=response_bytes)
         live = LiveStreams(assessor, recorder, clock, response_bytes=response_bytes)
@@ -129,6 +142,7 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
             authenticator=Authenticator(
                 store, required=_asks_for_keys(settings), monotonic_s=clock.monotonic_s
             ),
+            interviewer=interviewer,
             pipeline=Pipeline(store, asker, assessor, recorder, live, clock),
             delivery=Delivery(
                 store, room, keepalive_s=hold.keepalive_s, max_waiting=hold.max_waiting
@@ -136,7 +150,7 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
             reviews=Reviews(store, bus, clock, room),
             room=room,
         )
-        for work in (room.run(), policies.watch()):
+        for work in (room.run(), policies.watch(), spending.run()):
             task = asyncio.create_task(work)
             stack.push_async_callback(_stop, task)
         stack.callback(room.close)

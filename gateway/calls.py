@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 
 from gateway import wire
 from gateway.auth import Caller
@@ -75,6 +76,15 @@ class Patience:
         wait_s = _seconds(preferences.get("wait", ""))
         return cls(wait_s, "respond-async" in preferences, _seconds(timeout))
 
+    def until_s(self, received_s: float, *, streamed: bool) -> float:
+        """When the client of a call that came at `received_s` must have its answer: shortly before it gives up.
+
+        Infinity if it does not say, and on streams, where keep-alive comments reset its timeout.
+        """
+        if self.timeout_s is None or streamed:
+            return inf
+        return received_s + max(self.timeout_s - min(_MARGIN_S, self.timeout_s / 4), 0.0)
+
     def of_hold_s(self, policy_wait_s: float, *, streamed: bool) -> float:
         """How long to wait for a person before saying that the response is held.
 
@@ -82,11 +92,9 @@ class Patience:
         """
         if self.respond_async:
             return 0.0
-        waits = [policy_wait_s]
+        waits = [policy_wait_s, self.until_s(0.0, streamed=streamed)]
         if self.wait_s is not None:
             waits.append(self.wait_s)
-        if self.timeout_s is not None and not streamed:
-            waits.append(max(self.timeout_s - min(_MARGIN_S, self.timeout_s / 4), 0.0))
         return min(waits)
 
 

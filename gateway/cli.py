@@ -9,21 +9,23 @@ import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, TypeVar
 
 import orjson
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from gateway import __version__
+from gateway import __version__, economics
 from gateway.auth import new_key
-from gateway.errors import GatewayError, SettingsError
+from gateway.errors import GatewayError
+from gateway.evaluation.commands import judge
 from gateway.recording import new_id
 from gateway.records import Role
-from gateway.settings import PACKAGED_CONFIG, Settings, load_settings
+from gateway.settings import PACKAGED_CONFIG
+from gateway.spending import Prices
 from gateway.store import SqlStore, open_store
-from policies import CalibrationError, PolicyError, artefact_schema, json_schema
+from gateway.terminal import ConfigOption, config_path, err, fail, out, settings_at
+from policies import CalibrationError, PolicyError, artefact_schema, json_schema, staleness
 
 T = TypeVar("T")
 
@@ -36,14 +38,7 @@ policy = typer.Typer(no_args_is_help=True, help="Check policies and help editors
 key = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 app.add_typer(policy, name="policy")
 app.add_typer(key, name="key")
-
-out = Console()
-err = Console(stderr=True)
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", help="holdgate.yaml; default: ./holdgate.yaml if there is one"),
-]
+app.add_typer(judge, name="judge")
 
 
 def main() -> None:
@@ -76,13 +71,13 @@ def serve(
         "HOLDGATE_WORKERS": workers,
     }
     os.environ.update({name: str(value) for name, value in given.items() if value is not None})
-    path = _config_path(config)
-    settings = _settings(path)
+    path = config_path(config)
+    settings = settings_at(path)
     # The server would say the same of a mistake, but from deep within its start.
     try:
-        load(settings.policies, settings.calibrators)
+        load(settings.policies, settings.calibrators, Prices(settings.models))
     except (PolicyError, CalibrationError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     _with_store(path, SqlStore.ping)
     become_server(path)
 
@@ -92,7 +87,7 @@ def init(folder: Annotated[Path, typer.Argument(help="where to write the files")
     """Write holdgate.yaml, the starter policies and what they use, ready to be edited."""
     target = folder / "holdgate.yaml"
     if target.exists():
-        _fail(f"{target} is there already; remove it, or choose another folder.")
+        fail(f"{target} is there already; remove it, or choose another folder.")
     shutil.copytree(PACKAGED_CONFIG, folder, dirs_exist_ok=True)
     out.print(f"Wrote {target}, policies/ and what they use. Next: [b]holdgate serve[/b]")
 
@@ -126,17 +121,20 @@ def lint(
     ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Check policies: exits 1 with file:line:column of every problem, 0 if there are only warnings or none."""
+    """Check policies: exits 1 with file:line:column of every problem, 0 if there are only warnings or none.
+
+    A calibrator or thresholds fitted for another version of the judges and checks are a problem too.
+    """
     from gateway.policy_files import load  # noqa: PLC0415 - only this command needs it
 
-    settings = _settings(_config_path(config), secrets=False)
-    count = 0
+    settings = settings_at(config_path(config), secrets=False)
+    count, stale = 0, list[str]()
     for folder in paths or [settings.policies]:
         calibrators = settings.calibrators if not paths else folder.parent / "calibrators"
         try:
-            loaded = load(folder, calibrators)
+            loaded = load(folder, calibrators, Prices(settings.models))
         except (PolicyError, CalibrationError, OSError) as error:
-            _fail(str(error))
+            fail(str(error))
         for problem in loaded.policies.warnings:
             err.print(
                 f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True
@@ -146,7 +144,10 @@ def lint(
             if name is not None and name not in loaded.calibrators:
                 message = f"warning: policy {each.policy}: there is no calibrator {name!r} in {calibrators}"
                 err.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            stale += [f"policy {each.policy}: {why}" for why in staleness(each, loaded.calibrators)]
         count += len(loaded.policies.policies)
+    if stale:
+        fail("\n".join(stale))
     out.print(f"{count} policies, no problems" if count != 1 else "1 policy, no problems")
 
 
@@ -194,8 +195,45 @@ def revoke_key(name: Annotated[str, typer.Argument()], config: ConfigOption = No
     out.print(f"Revoked {name!r}.")
 
 
+@app.command("economics")
+def show_economics(
+    since: Annotated[
+        str,
+        typer.Option(help="a duration until now, such as 90m or 7d, or a time, such as 2030-01-31"),
+    ] = "24h",
+    config: ConfigOption = None,
+) -> None:
+    """Print what rules, judges and people did and cost."""
+    try:
+        at = economics.moment_of(since, datetime.now(UTC))
+    except ValueError as error:
+        fail(str(error))
+    found = _with_store(config, lambda store: store.economics(at))
+    usd_per_minute = settings_at(config_path(config), secrets=False).review.usd_per_minute
+    table = Table("layer")
+    for column in ("requests", "share", "USD", "cost unknown", "p50 ms", "p95 ms"):
+        table.add_column(column, justify="right")
+    for row in economics.rows(found, usd_per_minute):
+        p50_ms, p95_ms = row.latency_p50_ms, row.latency_p95_ms
+        table.add_row(
+            row.layer,
+            str(row.requests),
+            "" if row.share is None else f"{row.share:.1%}",
+            "not known" if row.usd is None else f"{row.usd:.4f}",
+            str(row.unknown),
+            "" if p50_ms is None else f"{p50_ms:.1f}",
+            "" if p95_ms is None else f"{p95_ms:.1f}",
+        )
+    out.print(table)
+    out.print(
+        f"{found.decisions} decisions since {at.isoformat(timespec='seconds')}. People worked "
+        f"{found.person_minutes:.1f} minutes on tasks they had claimed. "
+        f"Judges cost {found.abandoned_usd:.4f} USD that no decision carries."
+    )
+
+
 def _with_store(config: Path | None, act: Callable[[SqlStore], Awaitable[T]]) -> T:
-    url = _settings(_config_path(config), secrets=False).store.url
+    url = settings_at(config_path(config), secrets=False).store.url
 
     async def run() -> T:
         store = await open_store(url)
@@ -207,27 +245,7 @@ def _with_store(config: Path | None, act: Callable[[SqlStore], Awaitable[T]]) ->
     try:
         return asyncio.run(run())
     except GatewayError as error:
-        _fail(error.message)
-
-
-def _config_path(given: Path | None) -> Path | None:
-    if given is not None:
-        return given
-    named = os.environ.get("HOLDGATE_CONFIG")
-    default = Path("holdgate.yaml")
-    return Path(named) if named else default if default.exists() else None
-
-
-def _settings(path: Path | None, *, secrets: bool = True) -> Settings:
-    try:
-        return load_settings(path, os.environ, secrets=secrets)
-    except SettingsError as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
+        fail(error.message)
 
 
 if __name__ == "__main__":

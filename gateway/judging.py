@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from gateway.asking import Answer
 from gateway.calls import Call
+from gateway.jury import Bill, Jury
 from gateway.ports import Clock, LivePolicies
+from gateway.records import Effort
 from policies import (
     Action,
     Decision,
@@ -21,18 +25,19 @@ from policies import (
     assess,
     decide,
     next_step,
-    run_stage,
+    run_validators,
     start,
 )
-from validators import Choice, Exchange
+from validators import CheckResult, Choice, Exchange
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """The decision on one answer, and the evidence for it."""
+    """The decision on one answer, the evidence for it, and what it took."""
 
     decision: Decision
     evidence: Evidence
+    effort: Effort = field(default_factory=Effort)
 
 
 class Assessor:
@@ -42,28 +47,67 @@ class Assessor:
     foreseen.
     """
 
-    def __init__(self, policies: LivePolicies, clock: Clock, *, audit_secret: bytes) -> None:
+    def __init__(
+        self, policies: LivePolicies, jury: Jury, clock: Clock, *, audit_secret: bytes
+    ) -> None:
         self._policies = policies
+        self._jury = jury
         self._clock = clock
         self._audit_secret = audit_secret
 
-    def judge(self, call: Call, policy: Policy, answer: Answer, attempts_left: int) -> Judgement:
-        """Run the cascade over an answer and decide."""
+    async def judge(
+        self, call: Call, policy: Policy, answer: Answer, attempts_left: int
+    ) -> Judgement:
+        """Run the cascade over an answer and decide; without judges that is done before anything else runs.
+
+        If the caller is cancelled, because its client has left, the judges under way are stopped. What they cost counts.
+        """
         exchange = _exchange(call, answer)
         calibrator = self._policies.calibrators.get(policy.confidence.calibrator or "")
+        draw = self._draw(call.id)
         evidence = start(policy, exchange)
-        while isinstance(step := next_step(policy, evidence, exchange, calibrator), RunStage):
-            results = run_stage(step.stage, exchange, self._monotonic_ms)
-            evidence = step.evidence.after(step.stage.name, results)
+        rules_ms, bill = 0.0, Bill()
+        while isinstance(step := next_step(policy, evidence, exchange, calibrator, draw), RunStage):
+            began_ms = self._monotonic_ms()
+            results = run_validators(step.stage.validators, exchange, self._monotonic_ms)
+            rules_ms += self._monotonic_ms() - began_ms
+            if step.stage.judges and not step.settled_by(results):
+                results |= await self._heard(call, policy, step, exchange, results, bill)
+            evidence = step.done(results)
         decision = decide(
             policy,
             step.evidence,
             risk=step.risk,
             estimate=step.estimate,
-            draw=self._draw(call.id),
+            draw=draw,
             attempts_left=attempts_left,
         )
-        return Judgement(decision, step.evidence)
+        if decision.regenerate:
+            self._jury.abandon(bill)
+        return Judgement(decision, step.evidence, bill.effort(rules_ms))
+
+    async def _heard(
+        self,
+        call: Call,
+        policy: Policy,
+        step: RunStage,
+        exchange: Exchange,
+        rules: Mapping[str, CheckResult],
+        bill: Bill,
+    ) -> Mapping[str, CheckResult]:
+        """The results of the judges of a stage, given those of its validators."""
+        try:
+            return await self._jury.hear(
+                call,
+                policy,
+                step.stage,
+                exchange,
+                bill=bill,
+                is_settled=lambda heard: step.settled_by({**rules, **heard}) is not None,
+            )
+        except asyncio.CancelledError:
+            self._jury.abandon(bill)
+            raise
 
     def unanswered(self, call: Call, policy: Policy, action: Action, note: str) -> Judgement:
         """The judgement on a call that gave no response to check."""

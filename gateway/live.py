@@ -101,7 +101,7 @@ class LiveStreams:
                 )
                 await self._recorder.record(Outcome(call, match, unanswered, answer, answer.body))
                 return _failure(answer, match.policy)
-            judgement = self._assessor.judge(call, match.policy, answer, attempts_left=0)
+            judgement = await self._assessor.judge(call, match.policy, answer, attempts_left=0)
             if answer.fault == "blocked":
                 judgement = stopped(judgement, answer.message)
             body = answer.delivered_body(judgement.decision)

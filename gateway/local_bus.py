@@ -31,6 +31,12 @@ class InProcessBus:
 
         return unsubscribe
 
+    async def recall(self, key: str) -> bytes | None:
+        """None: there is no other replica that could have kept anything."""
+
+    async def keep(self, key: str, value: bytes, for_s: float) -> None:
+        """Do nothing: whoever asks within this process keeps it there."""
+
     async def close(self) -> None:
         """Forget every subscriber."""
         self._handlers.clear()

@@ -115,7 +115,7 @@ class Pipeline:
                 return await self._live.reply(call, match, answer, mode)
             if not answer.is_usable:
                 return await self._fail(call, match, answer)
-            judgement = self._assessor.judge(call, policy, answer, attempts_left)
+            judgement = await self._assessor.judge(call, policy, answer, attempts_left)
             if not judgement.decision.regenerate:
                 return await self._settle(call, match, answer, judgement)
             attempts_left -= 1

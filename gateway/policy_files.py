@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import structlog
 
 from gateway import sse
 from gateway.errors import ResponseBlocked
+from gateway.spending import Prices
 from gateway.window import Window
 from policies import (
     CalibrationError,
@@ -23,10 +24,12 @@ from policies import (
     Problem,
     StreamMode,
     effective_stream,
+    is_calibrator,
     load_calibrator,
     load_policies,
-    run_stage,
+    run_validators,
 )
+from policies.source import Source
 from validators import Choice, Exchange, Passage
 
 _log = structlog.get_logger()
@@ -43,10 +46,11 @@ class Loaded:
     calibrators: Mapping[str, Calibrator]
 
 
-def load(policies: Path, calibrators: Path) -> Loaded:
+def load(policies: Path, calibrators: Path, prices: Prices | None = None) -> Loaded:
     """The policies (`*.yaml`, in order of their names) and calibrators (`*.json`) of two folders.
 
-    Files that policies name (schemas) are looked up beside the policies folder, and nowhere else.
+    Files that policies name (schemas, rubrics) are looked up beside the policies folder, and nowhere else. With `prices`, a
+    budget in US dollars for a judge whose price nobody knows is a problem too.
 
     Raises
     ------
@@ -69,15 +73,37 @@ def load(policies: Path, calibrators: Path) -> Loaded:
         for path in policies.iterdir()
         if path.suffix in (".yaml", ".yml") and not path.name.startswith(".")
     )
-    read = _reader(policies.parent.resolve())
+    read = reader(policies.parent.resolve())
     named = {}
     for path in sorted(calibrators.glob("*.json")) if calibrators.is_dir() else ():
-        calibrator = load_calibrator(_text(path), file=str(path))
-        named[calibrator.name] = calibrator
-    loaded = load_policies([(str(path), _text(path)) for path in files], read=read)
+        if is_calibrator(text := _text(path)):
+            calibrator = load_calibrator(text, file=str(path))
+            named[calibrator.name] = calibrator
+    texts = [(str(path), _text(path)) for path in files]
+    loaded = load_policies(texts, read=read)
+    if prices is not None and (problems := list(_unpriced(loaded, texts, prices))):
+        raise PolicyError(problems)
     for policy in loaded.policies:
         _rehearse(policy)
     return Loaded(loaded, named)
+
+
+def _unpriced(
+    loaded: PolicySet, texts: Sequence[tuple[str, str]], prices: Prices
+) -> Iterator[Problem]:
+    """The budgets that could not be kept, because a judge's price is not known."""
+    for policy, (file, text) in zip(loaded.policies, texts, strict=True):
+        for at, stage in enumerate(policy.stages):
+            models = dict.fromkeys(model for judge in stage.judges for model in judge.models)
+            # Asked for every judge, so that no request waits while a table of prices is read.
+            unknown = [model for model in models if prices.of(model) is None]
+            if unknown and stage.budget is not None and stage.budget.usd_per_day is not None:
+                message = (
+                    f"what {unknown[0]} costs is not known, so no budget can be kept: give `models` in "
+                    "holdgate.yaml its `price`, or leave usd_per_day out"
+                )
+                place = ("stages", at, "budget", "usd_per_day")
+                yield Source(text, file).problem(place, message)
 
 
 def _rehearse(policy: Policy) -> None:
@@ -85,7 +111,7 @@ def _rehearse(policy: Policy) -> None:
     passage = Passage("choices[0].message.content", _REHEARSAL)
     exchange = Exchange("chat", {}, (Choice("choices[0]", texts=(passage,)),))
     for stage in policy.stages:
-        run_stage(stage, exchange, lambda: 0.0)
+        run_validators(stage.validators, exchange, lambda: 0.0)
     if effective_stream(policy) is StreamMode.WINDOW:
         delta = {"choices": [{"index": 0, "delta": {"content": _REHEARSAL}}]}
         event = sse.event(sse.encode(orjson.dumps(delta)))
@@ -102,7 +128,9 @@ def _text(path: Path) -> str:
         raise PolicyError([Problem(str(path), 1, 1, f"cannot be read: {error}")]) from error
 
 
-def _reader(root: Path) -> Callable[[str], str]:
+def reader(root: Path) -> Callable[[str], str]:
+    """A way to read files in a folder by their names in it, of bounded size; others are an OSError."""
+
     def read(name: str) -> str:
         path = (root / name).resolve()
         if not path.is_relative_to(root):
@@ -117,10 +145,11 @@ def _reader(root: Path) -> Callable[[str], str]:
 class PolicyFiles:
     """The policies in force. An edit takes effect within about a second; one with a mistake changes nothing and is logged."""
 
-    def __init__(self, policies: Path, calibrators: Path) -> None:
+    def __init__(self, policies: Path, calibrators: Path, prices: Prices | None = None) -> None:
         self._folders = (policies, calibrators)
+        self._prices = prices
         self._seen = self._fingerprint()
-        self._loaded = load(policies, calibrators)
+        self._loaded = load(policies, calibrators, prices)
 
     @property
     def current(self) -> PolicySet:
@@ -141,14 +170,14 @@ class PolicyFiles:
                 if seen == self._seen:
                     continue
                 self._seen = seen
-                self._loaded = await asyncio.to_thread(load, *self._folders)
+                self._loaded = await asyncio.to_thread(load, *self._folders, self._prices)
                 _log.info("policies_reloaded", policies=[p.label for p in self.current.policies])
             except (PolicyError, CalibrationError, OSError) as error:
                 _log.error("policies_not_reloaded", problem=str(error))
 
     def _fingerprint(self) -> frozenset[tuple[str, int, int]]:
         root = self._folders[0].parent
-        folders = {*self._folders, *(path for path in root.glob("schemas") if path.is_dir())}
+        folders = {*self._folders, *(root / name for name in ("schemas", "rubrics"))}
         return frozenset(
             (str(path), (stat := path.stat()).st_mtime_ns, stat.st_size)
             for folder in folders

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime
 from typing import Protocol, Self
 
 from gateway.errors import UpstreamError
-from gateway.records import ApiKey, DecisionRecord, NewTask, Resolution, TaskRecord, TaskState
+from gateway.records import (
+    ApiKey,
+    DecisionRecord,
+    Economics,
+    LabelledDecision,
+    NewTask,
+    Resolution,
+    Spend,
+    TaskRecord,
+    TaskState,
+)
 from policies import Calibrator, PolicySet
 
 
@@ -46,7 +56,7 @@ class Store(Protocol):
         redacted_request: bytes | None = None,
         redacted_response: bytes | None = None,
     ) -> None:
-        """Store a decision, its audit entry, its task and the task's outbox row in one transaction, by group commit.
+        """Store a decision, its audit entry, its task with outbox row, and its spending in one transaction, by group commit.
 
         At `erase_at` (None: never) request and response are replaced by their redacted copies, or erased if there are
         none; a correction is erased with them.
@@ -93,8 +103,20 @@ class Store(Protocol):
     async def settled(self, task_ids: Sequence[str]) -> Mapping[str, TaskState]:
         """Which of these tasks are terminal."""
 
+    async def labelled(self, after: str, limit: int) -> Sequence[LabelledDecision]:
+        """Decisions that people have judged, in order of their tasks' ids, those after the given id ("" for the first)."""
+
     async def erase_due(self, now: datetime, limit: int) -> int:
         """Erase contents whose time has come; return how many decisions were touched."""
+
+    async def spend(self, spends: Sequence[Spend]) -> None:
+        """Add what judges cost to their stages' accounts, apart from any decision."""
+
+    async def spent(self, day: date) -> Mapping[tuple[str, str], float]:
+        """What the judges of each stage, by policy and name, cost on a day, in US dollars."""
+
+    async def economics(self, since: datetime) -> Economics:
+        """What each layer did since then, from indexes alone."""
 
     async def create_key(self, key: ApiKey) -> None:
         """Store an API key. Raises `Conflict` if the name is taken."""
@@ -132,6 +154,12 @@ class Bus(Protocol):
     def subscribe(self, handler: Callable[[Event], None]) -> Callable[[], None]:
         """Call `handler` on the event loop for every event from now on; returns the way to stop it."""
 
+    async def recall(self, key: str) -> bytes | None:
+        """What a replica kept under that key, if it is at hand at once. Never raises for a lost bus."""
+
+    async def keep(self, key: str, value: bytes, for_s: float) -> None:
+        """Have every replica recall this for so many seconds, or not at all. Never raises for a lost bus."""
+
     async def close(self) -> None:
         """Let go of connections."""
 
@@ -154,7 +182,9 @@ class UpstreamCall:
     `query` the same without its question mark. `model` is what the body asks for; None where a call
     has no model. `headers` are the client's; what may not go upstream is left out on the way.
     `readable` asks for a body that is not compressed, because we read it. Every try is appended to
-    `attempts`, whether the call succeeds or raises.
+    `attempts`, whether the call succeeds or raises. `patience_s` is given for calls of our own, which
+    nobody else repeats: transient faults are tried again within so many seconds, at least twice, and
+    no other model answers in the place of the one that was asked.
     """
 
     method: str
@@ -165,6 +195,7 @@ class UpstreamCall:
     model: str | None = None
     readable: bool = False
     attempts: list[Attempt] = field(default_factory=list)
+    patience_s: float | None = None
 
 
 class UpstreamResponse:

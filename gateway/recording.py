@@ -68,7 +68,8 @@ class Recorder:
         began_s = self._clock.monotonic_s()
         upstream_ms = outcome.answer.upstream_ms if outcome.answer else 0.0
         latency_ms = 1000 * (began_s - outcome.call.received_s)
-        overhead_ms = latency_ms - upstream_ms
+        judge_ms = outcome.judgement.effort.judge_ms or 0.0
+        overhead_ms = latency_ms - upstream_ms - judge_ms
         task = _task(outcome, now)
         record = _decision(outcome, now, latency_ms, overhead_ms)
         erase_at: datetime | None = None
@@ -128,14 +129,18 @@ class Recorder:
             decision.intended.value,
             decision.risk.value,
         ).inc()
-        rules_ms = 0.0
         for result in outcome.judgement.evidence.results.values():
             metrics.checks.labels(policy, result.check, result.outcome.value).inc()
-            rules_ms += result.latency_ms
+        effort = outcome.judgement.effort
+        metrics.layer_requests.labels("rules").inc()
+        if effort.judge_ms is not None:
+            metrics.layer_requests.labels("judge").inc()
+            metrics.layer_usd.labels("judge").inc(effort.judge_usd or 0.0)
+            metrics.layer_seconds.labels("judge").observe(effort.judge_ms / 1000)
         metrics.overhead_seconds.observe(max(overhead_ms, 0) / 1000)
         for layer, seconds in (
             ("upstream", upstream_ms / 1000),
-            ("rules", rules_ms / 1000),
+            ("rules", effort.rules_ms / 1000),
             ("record", record_s),
         ):
             metrics.layer_seconds.labels(layer).observe(seconds)
@@ -145,7 +150,10 @@ def _decision(
     outcome: Outcome, now: datetime, latency_ms: float, overhead_ms: float
 ) -> DecisionRecord:
     call, decision, answer = outcome.call, outcome.judgement.decision, outcome.answer
-    detail = to_json(decision, outcome.judgement.evidence)
+    content = outcome.match.policy.content
+    detail = to_json(decision, outcome.judgement.evidence, content=content != "digest")
+    if content == "redacted":
+        _mask_rationales(detail)
     detail["match"] = outcome.match.reason
     if outcome.note:
         detail["note"] = outcome.note
@@ -186,7 +194,17 @@ def _decision(
         response_headers=dict(relayed(answer.headers))
         if answer and decision.action is Action.HOLD
         else {},
+        effort=outcome.judgement.effort,
     )
+
+
+def _mask_rationales(detail: dict[str, JSON]) -> None:
+    """Mask what judges say in their own words: they may quote what they judge."""
+    evidence: Any = detail["evidence"]
+    for result in evidence["results"].values():
+        if opinion := result["opinion"]:
+            words = masked(orjson.dumps(opinion["rationale"]))
+            opinion["rationale"] = "" if words is None else orjson.loads(words)
 
 
 def _task(outcome: Outcome, now: datetime) -> NewTask | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime
 from enum import StrEnum
 
 from policies.model import Action, RiskTier
@@ -44,6 +44,30 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Spend:
+    """What the judges of a stage cost, to be added to the stage's account of a day (UTC)."""
+
+    day: date
+    policy: str
+    stage: str
+    usd: float
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What it took to judge an answer.
+
+    `rules_ms` is the time spent in validators. `judge_ms` is the time spent waiting for judges, None if none was asked;
+    `judge_usd` what they cost, None if that is not known; `spends` the same by stage, as far as it is known.
+    """
+
+    rules_ms: float = 0.0
+    judge_ms: float | None = None
+    judge_usd: float | None = None
+    spends: tuple[Spend, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class DecisionRecord:
     """One decision as it is stored.
 
@@ -76,6 +100,7 @@ class DecisionRecord:
     request: bytes | None = None
     response: bytes | None = None
     response_headers: dict[str, str] = field(default_factory=dict)
+    effort: Effort = field(default_factory=Effort)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +119,8 @@ class TaskRecord:
     """A review task as it is stored. `version` grows by one with every change and is what compare-and-set compares.
 
     `verdict`, `reviewer`, `reason`, `comment`, `correction` are set by a resolution; an expired task has none of them.
-    `correction` is the corrected response body. `claimed_by` and `claimed_until` are set while state is CLAIMED.
+    `correction` is the corrected response body. `claimed_by` and `claimed_until` are set while state is CLAIMED. `worked_s` is
+    the time that whoever resolved the task had claimed it for; None if they had not.
     """
 
     id: str
@@ -117,6 +143,36 @@ class TaskRecord:
     reason: str | None = None
     comment: str | None = None
     correction: bytes | None = None
+    worked_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What one layer of the cascade did in a time: rules, judge or person.
+
+    `usd` is what it cost, as far as that is known; `unknown` is how many of its `requests` cost nobody knows what. The
+    latencies are the median and the 95th percentile (nearest rank), None without requests.
+    """
+
+    name: str
+    requests: int
+    usd: float
+    unknown: int
+    latency_p50_ms: float | None
+    latency_p95_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Economics:
+    """What the layers did since a time: `decisions` taken, and of the judges' cost the part that no decision carries.
+
+    `person_minutes` is how long the people who resolved tasks had claimed them for. `abandoned_usd` counts whole days (UTC).
+    """
+
+    decisions: int
+    layers: tuple[Layer, ...]
+    person_minutes: float
+    abandoned_usd: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +190,19 @@ class Resolution:
     reason: str | None = None
     comment: str | None = None
     correction: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledDecision:
+    """A decision that a person has judged: whether the response was acceptable as it was.
+
+    `inclusion` is the probability in (0, 1] with which it came to be reviewed.
+    """
+
+    task_id: str
+    decision: DecisionRecord
+    acceptable: bool
+    inclusion: float
 
 
 @dataclass(frozen=True, slots=True)

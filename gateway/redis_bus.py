@@ -19,9 +19,13 @@ from gateway.local_bus import InProcessBus
 from gateway.ports import Event
 
 _CHANNEL = "holdgate:events"
+_KEPT = "holdgate:kept:"
 
 #: How long a publisher or an opening process waits for Redis.
 _PATIENCE_S = 0.5
+
+#: How long somebody who could do without waits for Redis.
+_HASTE_S = 0.05
 
 #: After this much silence Redis is asked whether it is there; after as much again it is taken for lost.
 _SILENCE_S = 5.0
@@ -75,6 +79,28 @@ class RedisBus(InProcessBus):
                 await self._redis.publish(_CHANNEL, message)
         except _LOST as error:
             _log.warning("bus.event_not_sent", kind=event.kind, id=event.id, error=str(error))
+
+    async def recall(self, key: str) -> bytes | None:
+        """What a replica kept under that key, if Redis is there and says it within 50 ms."""
+        if not self._subscribed.is_set():
+            return None
+        try:
+            async with asyncio.timeout(_HASTE_S):
+                found = await self._redis.get(_KEPT + key)
+                return found if isinstance(found, bytes) else None
+        except _LOST as error:
+            _log.warning("bus.not_recalled", error=str(error))
+            return None
+
+    async def keep(self, key: str, value: bytes, for_s: float) -> None:
+        """Have every replica recall this for so many seconds, if Redis is there and takes it within 50 ms."""
+        if not self._subscribed.is_set():
+            return
+        try:
+            async with asyncio.timeout(_HASTE_S):
+                await self._redis.set(_KEPT + key, value, px=max(1, round(1000 * for_s)))
+        except _LOST as error:
+            _log.warning("bus.not_kept", error=str(error))
 
     async def close(self) -> None:
         """Stop listening and let go of connections."""

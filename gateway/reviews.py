@@ -19,8 +19,8 @@ from gateway.errors import InvalidRequest, NotFound, ResponseRejected, StoreErro
 from gateway.ports import Bus, Clock, Event, Store
 from gateway.records import DecisionRecord, Resolution, TaskRecord, TaskState, Verdict
 from gateway.telemetry import Metrics
-from policies import PolicySet, Stage, run_stage
-from validators import JSON, Exchange, Outcome
+from policies import PolicySet, run_validators
+from validators import JSON, Exchange, JsonSchema, Outcome
 
 _log = structlog.get_logger()
 _SWEEP_S = 0.5
@@ -35,11 +35,20 @@ class WaitingRoom:
     A bus event wakes them; one sweep of the store for all of them, twice a second, is the safety net when an event is lost.
     """
 
-    def __init__(self, store: Store, bus: Bus, clock: Clock, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        store: Store,
+        bus: Bus,
+        clock: Clock,
+        metrics: Metrics,
+        *,
+        usd_per_minute: float | None = None,
+    ) -> None:
         self._store = store
         self._bus = bus
         self._clock = clock
         self._metrics = metrics
+        self._usd_per_minute = usd_per_minute
         self._waiting: dict[str, set[asyncio.Future[bool]]] = {}
         self._latencies_s: deque[float] = deque(maxlen=100)
         self.closing = False
@@ -101,6 +110,9 @@ class WaitingRoom:
             self._latencies_s.append(taken_s)
             self._metrics.review_seconds.observe(taken_s)
             self._metrics.settled.labels(task.verdict.value).inc()
+            self._metrics.layer_requests.labels("person").inc()
+            worked_usd = (task.worked_s or 0.0) / 60 * (self._usd_per_minute or 0.0)
+            self._metrics.layer_usd.labels("person").inc(worked_usd)
 
     def close(self) -> None:
         """Let everybody go: each waiting client is answered as if its own time were up."""
@@ -289,7 +301,7 @@ def _corrected(
 def _check_schema(decision: DecisionRecord, body: bytes, policies: PolicySet) -> None:
     name = decision.policy.partition("@")[0]
     policy = next((p for p in policies.policies if p.policy == name), None)
-    shape = [check for check in policy.checks if check.use == "json_schema"] if policy else []
+    shape = [check for check in policy.checks if isinstance(check, JsonSchema)] if policy else []
     if not shape or decision.request is None:
         return
     exchange = Exchange(
@@ -298,7 +310,7 @@ def _check_schema(decision: DecisionRecord, body: bytes, policies: PolicySet) ->
         choices=wire.read_response(decision.endpoint, body).choices,
         model=decision.model,
     )
-    results = run_stage(Stage(name="shape", checks=tuple(shape)), exchange, lambda: 0.0)
+    results = run_validators(shape, exchange, lambda: 0.0)
     failed = [result for result in results.values() if result.outcome is not Outcome.PASS]
     if failed:
         findings: list[JSON] = [

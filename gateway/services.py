@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from gateway.auth import Authenticator
 from gateway.delivery import Delivery
+from gateway.interviews import Interviewer
 from gateway.pipeline import Pipeline
 from gateway.ports import Bus, Clock, LivePolicies, Models, Store
 from gateway.reviews import Reviews, WaitingRoom
@@ -25,6 +26,7 @@ class Services:
     metrics: Metrics
     policies: LivePolicies
     authenticator: Authenticator
+    interviewer: Interviewer
     pipeline: Pipeline
     delivery: Delivery
     reviews: Reviews

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias, cast
+from typing import Annotated, Literal, TypeAlias, get_args
 
 from pydantic import (
     AfterValidator,
@@ -67,6 +67,7 @@ def _words(value: object) -> object:
 ProviderUrl = Annotated[str, AfterValidator(_provider_url)]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
+Usd = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -102,6 +103,14 @@ class Timeouts(Section):
     total: Seconds = 3600.0
 
 
+class Price(Section):
+    """What a model costs, in US dollars per million tokens; cached input costs as much as other input if not said."""
+
+    input_usd_per_million_tokens: Usd
+    output_usd_per_million_tokens: Usd
+    cached_input_usd_per_million_tokens: Usd | None = None
+
+
 class ModelEntry(Section):
     """The provider of the models whose names match a glob; the first entry that matches is the one.
 
@@ -118,6 +127,7 @@ class ModelEntry(Section):
     fallbacks: tuple[str, ...] = ()
     logprobs: Literal["auto", "yes", "no"] = "auto"
     max_top_logprobs: Annotated[int, Field(ge=0, le=20)] = 5
+    price: Price | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -165,6 +175,21 @@ class HoldSettings(Section):
     max_waiting: Annotated[int, Field(ge=0)] = 5000
 
 
+class JudgeSettings(Section):
+    """How judges are asked: how long where a policy does not say, how many calls at once, what is remembered."""
+
+    timeout_s: Seconds = 30.0
+    concurrency: Annotated[int, Field(ge=1, le=10_000)] = 32
+    cache_bytes: ByteSize = ByteSize(32_000_000)
+    cache_s: Seconds = 3600.0
+
+
+class ReviewSettings(Section):
+    """What people cost; null: not known."""
+
+    usd_per_minute: Usd | None = None
+
+
 class Settings(Section):
     """Every setting of one gateway, made once by `load_settings`."""
 
@@ -181,6 +206,8 @@ class Settings(Section):
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     log: Log = Log()
     hold: HoldSettings = HoldSettings()
+    judges: JudgeSettings = JudgeSettings()
+    review: ReviewSettings = ReviewSettings()
     shutdown_grace_s: Seconds = 30.0
 
     _secrets: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -320,7 +347,14 @@ def _known_keys(loc: Loc) -> list[str]:
     for part in loc:
         if isinstance(part, str):
             inner = section.model_fields[part].annotation
-            section = ModelEntry if part == "models" else cast("type[Section]", inner)
+            if part == "models":
+                section = ModelEntry
+            else:
+                section = next(
+                    each
+                    for each in (inner, *get_args(inner))
+                    if isinstance(each, type) and issubclass(each, Section)
+                )
     return list(section.model_fields)
 
 

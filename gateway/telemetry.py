@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import orjson
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from judges import Judge
+from validators import Cause, CheckResult
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _REVIEW_SECONDS = (5, 15, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)
@@ -21,58 +25,71 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self.decisions = Counter(
+        counter = partial(Counter, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        self.decisions = counter(
             "holdgate_decisions_total",
             "Decisions by what was done and what enforce mode would have done.",
             ("policy", "endpoint", "action", "intended", "risk"),
-            registry=registry,
         )
-        self.checks = Counter(
-            "holdgate_checks_total",
-            "Check results.",
-            ("policy", "check", "outcome"),
-            registry=registry,
+        self.checks = counter(
+            "holdgate_checks_total", "Check results.", ("policy", "check", "outcome")
         )
-        self.layer_seconds = Histogram(
+        self.layer_seconds = histogram(
             "holdgate_layer_seconds",
-            "Time a request spent in a layer: upstream, rules, record.",
+            "Time a request spent in a layer: upstream, rules, judge, record.",
             ("layer",),
             buckets=_SECONDS,
-            registry=registry,
         )
-        self.overhead_seconds = Histogram(
+        self.overhead_seconds = histogram(
             "holdgate_overhead_seconds",
             "Time a request spent in the gateway, waiting for the provider and for people left out.",
             buckets=_SECONDS,
-            registry=registry,
         )
-        self.unchecked = Counter(
-            "holdgate_unchecked_total",
-            "Requests passed through with no policy applied.",
-            ("why",),
-            registry=registry,
+        self.layer_requests = counter(
+            "holdgate_layer_requests_total", "Requests to rules, judge, person.", ("layer",)
         )
-        self.errors = Counter(
-            "holdgate_errors_total", "Errors answered to callers.", ("code",), registry=registry
+        self.layer_usd = counter(
+            "holdgate_layer_usd_total",
+            "US dollars a layer has cost, as far as prices are known: judge, person.",
+            ("layer",),
         )
+        self.verdicts = counter(
+            "holdgate_verdicts_total",
+            "Verdicts of judges, and where they came from: asked, or cached.",
+            ("judge", "outcome", "source"),
+        )
+        self._judge_failures = counter(
+            "holdgate_judge_failures_total",
+            "Judges that could not tell, by the model concerned and the cause.",
+            ("judge", "model", "cause"),
+        )
+        self.unchecked = counter(
+            "holdgate_unchecked_total", "Requests passed through with no policy applied.", ("why",)
+        )
+        self.errors = counter("holdgate_errors_total", "Errors answered to callers.", ("code",))
         self.waiting = Gauge(
             "holdgate_waiting_clients",
             "Clients waiting for a held response.",
             multiprocess_mode="livesum",
             registry=registry,
         )
-        self.settled = Counter(
-            "holdgate_tasks_settled_total",
-            "Review tasks settled here.",
-            ("outcome",),
-            registry=registry,
+        self.settled = counter(
+            "holdgate_tasks_settled_total", "Review tasks settled here.", ("outcome",)
         )
-        self.review_seconds = Histogram(
+        self.review_seconds = histogram(
             "holdgate_review_seconds",
             "Time from a task's creation to its resolution.",
             buckets=_REVIEW_SECONDS,
-            registry=registry,
         )
+
+    def count_judge_failure(
+        self, judge: Judge, result: CheckResult, model: str | None = None
+    ) -> None:
+        """Count an ERROR of a judge; without a model to blame, its first one."""
+        model = model or next(iter(judge.models), "")
+        cause = (result.cause or Cause.RAISED).value
+        self._judge_failures.labels(judge.id, model, cause).inc()
 
     def render(self) -> bytes:
         """The metrics in the Prometheus text format."""

@@ -13,7 +13,7 @@ from gateway import sse
 from gateway.edits import Mask, masks_of, united, with_masks
 from gateway.errors import ResponseBlocked
 from gateway.wire import RESPONSES
-from policies import Policy, Stage, run_stage
+from policies import Policy, run_validators
 from validators import (
     JSON,
     MAX_FINDINGS,
@@ -200,9 +200,8 @@ class _Lane:
     def _search(self) -> list[tuple[Scan, Sequence[Finding]]]:
         """Look at the whole text, which has ended."""
         self.settled = self.length
-        stage = Stage.model_construct(name="window", checks=self._checks)
         exchange = Exchange("chat", {}, (_choice(self._target, Passage("", "".join(self._text))),))
-        results = run_stage(stage, exchange, lambda: 0.0)
+        results = run_validators(self._checks, exchange, lambda: 0.0)
         for check in self._checks:
             if results[check.id].outcome is Outcome.ERROR:
                 raise _stopped(f"the check {check.id}, which could not run")

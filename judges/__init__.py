@@ -2,6 +2,51 @@
 
 from __future__ import annotations
 
-from judges.base import Dialogue, Judge, ModelCall, ModelReply, VerdictError
+from typing import Annotated
 
-__all__ = ["Dialogue", "Judge", "ModelCall", "ModelReply", "VerdictError"]
+from pydantic import Field
+
+from judges.base import (
+    Alternative,
+    CallsFailed,
+    Dialogue,
+    Judge,
+    ModelCall,
+    ModelReply,
+    ReplyToken,
+    VerdictError,
+)
+from judges.comparison import Comparison
+from judges.consistency import Consistency
+from judges.escalating import Escalating, JudgeThresholds
+from judges.grounded import Grounded
+from judges.panel import Panel
+from judges.rubric import Rubric, RubricJudge
+from judges.verdict import Method
+
+#: Every judge a policy may name, told apart by `use`.
+AnyJudge = Annotated[
+    Comparison | Consistency | Escalating | Grounded | Panel | RubricJudge,
+    Field(discriminator="use"),
+]
+
+__all__ = [
+    "Alternative",
+    "AnyJudge",
+    "CallsFailed",
+    "Comparison",
+    "Consistency",
+    "Dialogue",
+    "Escalating",
+    "Grounded",
+    "Judge",
+    "JudgeThresholds",
+    "Method",
+    "ModelCall",
+    "ModelReply",
+    "Panel",
+    "ReplyToken",
+    "Rubric",
+    "RubricJudge",
+    "VerdictError",
+]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from policies.calibration import CalibrationError, Calibrator, artefact_schema, load_calibrator
-from policies.cascade import RunStage, Settle, next_step, run_stage, start, vetted
-from policies.decision import (
-    Decision,
-    Estimate,
-    Evidence,
-    Reason,
-    Zone,
-    decide,
-    estimate,
-    to_json,
+from policies.calibration import (
+    CalibrationError,
+    Calibrator,
+    artefact_schema,
+    is_calibrator,
+    load_calibrator,
 )
+from policies.cascade import RunStage, Settle, next_step, run_validators, start, vetted
+from policies.decision import Decision, Zone, decide, to_json
+from policies.evidence import Estimate, Evidence, Reason, estimate
 from policies.expressions import ExpressionError, MissingValue, Variables
+from policies.lint import staleness
 from policies.loading import json_schema, load_policies, load_policy
 from policies.match import Facts, Match, PolicySet
 from policies.model import Action, Band, Mode, Policy, RiskTier, Stage, StreamMode, parse_duration_s
@@ -55,13 +54,15 @@ __all__ = [
     "decide",
     "effective_stream",
     "estimate",
+    "is_calibrator",
     "json_schema",
     "load_calibrator",
     "load_policies",
     "load_policy",
     "next_step",
     "parse_duration_s",
-    "run_stage",
+    "run_validators",
+    "staleness",
     "start",
     "to_json",
     "vetted",

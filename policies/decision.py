@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal, Protocol, cast
+from typing import cast
 
 import orjson
 
-from policies.calibration import Calibrator, checks_digest
-from policies.model import Action, Band, Mode, Policy, RiskTier
-from policies.signals import score
+from policies.evidence import ConfidenceSource, Estimate, Evidence, Reason
+from policies.model import Action, AnyCheck, Band, Mode, Policy, RiskTier, Stage
+from policies.risk import RiskAssessment
 from policies.thresholds import band
 from validators import (
     JSON,
     MAX_FINDINGS,
-    Check,
+    Cause,
     CheckResult,
     Finding,
     OnError,
@@ -32,72 +32,6 @@ class Zone(StrEnum):
     AUTO_AUDIT = "auto+audit"
     BATCH = "batch"
     ESCALATE = "escalate"
-
-
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """What spoke, what it says, and the action it demands (None if it only explains).
-
-    `source` is `check:<id>`, `stage:<name>`, `matrix`, `risk`, `confidence`, `regenerate`, `mode`.
-    """
-
-    source: str
-    message: str
-    action: Action | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """The check results so far, by check id in the order they ran, plus the logprob signals.
-
-    `signals` maps signal name to value (empty when the response carries no usable logprobs;
-    `signals_absent` then says why: one of `policies.signals.Absence`). `ran` are the stages run, in
-    order; `skipped` those passed over, with the reason; `notes` say of stages that ran why, where
-    their condition could not be decided.
-    """
-
-    results: Mapping[str, CheckResult] = field(default_factory=dict)
-    signals: Mapping[str, float] = field(default_factory=dict)
-    signals_absent: str | None = None
-    ran: tuple[str, ...] = ()
-    skipped: tuple[Reason, ...] = ()
-    notes: tuple[Reason, ...] = ()
-
-    def after(self, stage: str, results: Mapping[str, CheckResult]) -> Evidence:
-        """Evidence with the results of one more stage."""
-        return replace(self, results={**self.results, **results}, ran=(*self.ran, stage))
-
-
-class Assessed(Protocol):
-    """The risk of an exchange: the shape of `policies.risk.RiskAssessment`."""
-
-    @property
-    def tier(self) -> RiskTier:
-        """The tier."""
-
-    @property
-    def reasons(self) -> tuple[Reason, ...]:
-        """Why it is that tier."""
-
-
-ConfidenceSource = Literal["logprob", "judge", "consistency", "none"]
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """How good a response probably is.
-
-    `score` in [0, 1] is uncalibrated and only orders responses; None without signals. `confidence`
-    in [0, 1] is the calibrated probability that the response is acceptable; None unless a
-    calibrator applies, and then `uncalibrated` says why. `source` is `none` exactly when there is
-    no confidence. `calibrator` names the one that gave it.
-    """
-
-    score: float | None = None
-    confidence: float | None = None
-    source: ConfidenceSource = "none"
-    calibrator: str | None = None
-    uncalibrated: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,32 +63,6 @@ class Decision:
     reasons: tuple[Reason, ...]
 
 
-def estimate(
-    policy: Policy, evidence: Evidence, *, model: str, calibrator: Calibrator | None
-) -> Estimate:
-    """The score, and the confidence if `calibrator` applies to this evidence on `model`.
-
-    Scores of the policy's checks with `on_fail: score` lower the score to their minimum. If one of
-    them could not tell, neither score nor confidence is known.
-    """
-    if policy.confidence.source == "none":
-        return Estimate(uncalibrated="the policy asks for no logprobs")
-    if evidence.signals_absent is not None:
-        return Estimate(uncalibrated=f"logprobs are {evidence.signals_absent}")
-    feeding = [check for check in policy.checks if check.on_fail is OnFail.SCORE]
-    results = [evidence.results[check.id] for check in feeding if check.id in evidence.results]
-    check_scores = [each.score for each in results if each.score is not None]
-    if len(check_scores) < len(results):
-        return Estimate(uncalibrated="a check that feeds the score could not tell")
-    known = score(evidence.signals, check_scores)
-    if calibrator is None:
-        return Estimate(known, uncalibrated="there is no calibrator")
-    if reason := calibrator.fits(model, evidence.signals, checks_digest(feeding)):
-        return Estimate(known, uncalibrated=reason)
-    confidence = calibrator.confidence(evidence.signals, check_scores)
-    return Estimate(known, confidence, calibrator.source, calibrator.name)
-
-
 def most_severe(actions: Iterable[Action | None]) -> Action:
     """The most severe action demanded: block > hold > flag > return; return if there is none."""
     demanded = (action for action in actions if action is not None)
@@ -165,7 +73,7 @@ def decide(
     policy: Policy,
     evidence: Evidence,
     *,
-    risk: Assessed,
+    risk: RiskAssessment,
     estimate: Estimate,
     draw: float,
     attempts_left: int,
@@ -183,7 +91,7 @@ def decide(
     """
     verdicts = tuple(_verdicts(policy, evidence))
     where, why, cell_audit = _matrix(policy, risk.tier, estimate)
-    demands = (*_check_reasons(verdicts, risk.tier), why)
+    demands = (*_check_reasons(policy, verdicts, evidence, risk.tier), why)
     intended = most_severe(reason.action for reason in demands)
     observed = policy.mode is Mode.OBSERVE
     action = Action.RETURN if observed else intended
@@ -214,15 +122,64 @@ def decide(
     )
 
 
-def to_json(decision: Decision, evidence: Evidence) -> dict[str, JSON]:
-    """The decision and its evidence as plain JSON values; a number that is not finite is null."""
+def demand(stage: Stage, check: AnyCheck, result: CheckResult, tier: RiskTier) -> Action | None:
+    """The action a result asks for, None if it asks for nothing.
+
+    A check that could not tell asks for its `on_error`, by default hold at tiers high and critical
+    and flag below; one not asked for want of money for what the budget of its stage says.
+    """
+    if result.outcome is Outcome.PASS:
+        return None
+    if result.outcome is Outcome.FAIL:
+        redacts = check.on_fail is OnFail.REDACT
+        return (
+            Action.HOLD if redacts and not _can_redact_all(result) else FAIL_ACTION[check.on_fail]
+        )
+    asked = check.on_error
+    if result.cause is Cause.BUDGET and stage.budget is not None:
+        asked = stage.budget.when_used_up or asked
+    return Action(asked or default_on_error(tier))
+
+
+def default_on_error(tier: RiskTier) -> OnError:
+    """What a check that could not tell asks for where the policy says nothing: fail closed."""
+    return OnError.HOLD if tier.rank >= RiskTier.HIGH.rank else OnError.FLAG
+
+
+def settled_by(stages: Iterable[Stage], results: Mapping[str, CheckResult]) -> str | None:
+    """The id of the first check whose result demands block, which no other can change, or None."""
+    for stage in stages:
+        for check in stage.checks:
+            result = results.get(check.id)
+            if result is None or result.outcome is Outcome.PASS or result.cause is Cause.CANCELLED:
+                continue
+            if demand(stage, check, result, RiskTier.LOW) is Action.BLOCK:
+                return check.id
+    return None
+
+
+def to_json(decision: Decision, evidence: Evidence, *, content: bool = False) -> dict[str, JSON]:
+    """The decision and its evidence as plain JSON values; a number that is not finite is null.
+
+    The rationales of judges, which may quote the response, only with `content`.
+    """
+    if not content and any(each.opinion for each in evidence.results.values()):
+        evidence = replace(
+            evidence,
+            results={name: _without_rationale(each) for name, each in evidence.results.items()},
+        )
     record = {"decision": decision, "evidence": evidence}
     return cast("dict[str, JSON]", orjson.loads(orjson.dumps(record)))
 
 
+def _without_rationale(result: CheckResult) -> CheckResult:
+    opinion = result.opinion and replace(result.opinion, rationale="")
+    return replace(result, opinion=opinion)
+
+
 _ZONE = {Action.FLAG: Zone.BATCH, Action.HOLD: Zone.ESCALATE, Action.BLOCK: Zone.ESCALATE}
 _INCLUSION = {Action.FLAG: 1.0, Action.HOLD: 1.0, Action.BLOCK: 0.0}
-_FAIL_ACTION = {
+FAIL_ACTION = {
     OnFail.BLOCK: Action.BLOCK,
     OnFail.HOLD: Action.HOLD,
     OnFail.FLAG: Action.FLAG,
@@ -231,7 +188,7 @@ _FAIL_ACTION = {
     OnFail.SCORE: None,
 }
 
-Verdict = tuple[Check, CheckResult]
+Verdict = tuple[Stage, AnyCheck, CheckResult]
 
 
 def _verdicts(policy: Policy, evidence: Evidence) -> Iterator[Verdict]:
@@ -240,30 +197,39 @@ def _verdicts(policy: Policy, evidence: Evidence) -> Iterator[Verdict]:
         if f"stage:{stage.name}" in skipped:
             continue
         for check in stage.checks:
-            missing = CheckResult(check.id, Outcome.ERROR, error="it gave no result")
-            yield check, evidence.results.get(check.id, missing)
+            result = evidence.results.get(check.id)
+            if result is None:
+                result = CheckResult(check.id, Outcome.ERROR, error="it gave no result")
+            yield stage, check, result
 
 
-def _check_reasons(verdicts: Iterable[Verdict], tier: RiskTier) -> Iterator[Reason]:
-    for check, result in verdicts:
+def _check_reasons(
+    policy: Policy, verdicts: Iterable[Verdict], evidence: Evidence, tier: RiskTier
+) -> Iterator[Reason]:
+    for stage, check, result in verdicts:
+        if result.outcome is Outcome.PASS:
+            continue
+        source = f"check:{check.id}"
+        action = demand(stage, check, result, tier)
         if result.outcome is Outcome.FAIL:
-            yield _failed(check, result)
-        elif result.outcome is Outcome.ERROR:
-            default = OnError.HOLD if tier in {RiskTier.HIGH, RiskTier.CRITICAL} else OnError.FLAG
-            action = Action((check.on_error or default).value)
-            yield Reason(f"check:{check.id}", f"could not run: {result.error}", action)
+            yield Reason(source, _failed(check, result), action)
+        elif result.cause is Cause.CANCELLED and (
+            veto := settled_by(policy.stages, evidence.results)
+        ):
+            yield Reason(source, f"not needed: check {veto} demands block")
+        elif result.cause is Cause.BUDGET:
+            yield Reason(source, f"the budget is used up: {result.error}", action)
+        else:
+            yield Reason(source, f"could not run: {result.error}", action)
 
 
-def _failed(check: Check, result: CheckResult) -> Reason:
+def _failed(check: AnyCheck, result: CheckResult) -> str:
     first = result.findings[0].message if result.findings else "no details"
     more = f" and {len(result.findings) - 1} more" if len(result.findings) > 1 else ""
     message = f"failed ({check.on_fail}): {first}{more}"
-    action = _FAIL_ACTION[check.on_fail]
     if check.on_fail is OnFail.REDACT and not _can_redact_all(result):
-        return Reason(
-            f"check:{check.id}", f"{message}; not everything can be redacted", Action.HOLD
-        )
-    return Reason(f"check:{check.id}", message, action)
+        message += "; not everything can be redacted"
+    return message
 
 
 def _can_redact_all(result: CheckResult) -> bool:
@@ -277,14 +243,14 @@ def _can_redact_all(result: CheckResult) -> bool:
 def _wants_another(verdicts: Iterable[Verdict]) -> bool:
     return any(
         check.on_fail is OnFail.REGENERATE and result.outcome is Outcome.FAIL
-        for check, result in verdicts
+        for _, check, result in verdicts
     )
 
 
 def _redactions(verdicts: Iterable[Verdict]) -> tuple[Finding, ...]:
     return tuple(
         finding
-        for check, result in verdicts
+        for _, check, result in verdicts
         if check.on_fail is OnFail.REDACT and result.outcome is Outcome.FAIL
         for finding in result.findings
         if finding.span is not None and finding.replacement is not None

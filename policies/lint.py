@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import pairwise
 
+from judges import Escalating, Judge
+from policies.calibration import Calibrator
 from policies.match import matches_everything
-from policies.model import Band, Policy, RiskTier, StreamMode
+from policies.model import Band, Condition, Policy, RiskTier, Stage, StreamMode
 from policies.source import Path
 from policies.streaming import obstacles, reachable_tiers
 from validators import OnFail
@@ -29,6 +32,7 @@ def lint(policy: Policy) -> list[Remark]:
         *_checks(policy),
         *_risk(policy),
         *_stage_conditions(policy),
+        *_judges(policy),
         *_confidence(policy),
         *_stream(policy),
         *_thresholds(policy),
@@ -45,6 +49,24 @@ def unreachable(policies: Sequence[Policy]) -> Iterator[tuple[int, str]]:
             yield index, f"never used: policy '{catch_all.policy}' before it matches every request"
         elif matches_everything(policy.match):
             catch_all = policy
+
+
+def staleness(policy: Policy, calibrators: Mapping[str, Calibrator]) -> list[str]:
+    """What was fitted for another version of a policy's checks and judges, and so is not used.
+
+    A response then has no confidence, or a check of it is an error, until it is fitted again.
+    `calibrators` are those there are, by name.
+    """
+    found = []
+    calibrator = calibrators.get(policy.confidence.calibrator or "")
+    if calibrator is not None:
+        found.append(calibrator.stale(policy.checks_digest, policy.judge_digests))
+    found += [
+        f"the thresholds of check {judge.id} are stale: judge {', '.join(judge.stale)} has changed"
+        for judge in policy.judges
+        if isinstance(judge, Escalating) and judge.stale
+    ]
+    return [each for each in found if each is not None]
 
 
 def _names(policy: Policy) -> Iterator[Remark]:
@@ -87,7 +109,70 @@ def _stage_conditions(policy: Policy) -> Iterator[Remark]:
         known |= {check.id for check in stage.checks}
 
 
+_ENFORCING = {OnFail.BLOCK, OnFail.HOLD, OnFail.REGENERATE}
+
+
+def _judges(policy: Policy) -> Iterator[Remark]:
+    for at, stage in enumerate(policy.stages):
+        yield from _asked(policy, at, stage)
+        for index, check in enumerate(stage.checks):
+            path = ("stages", at, "checks", index)
+            if isinstance(check, Judge):
+                yield from _is_maker(policy, check, path)
+                if stage.sample < 1.0 and check.on_fail in _ENFORCING:
+                    message = (
+                        f"'on_fail: {check.on_fail}' of '{check.id}' can only apply to the share "
+                        f"{stage.sample:g} of the responses; the rest is not judged"
+                    )
+                    yield Remark(("stages", at, "sample"), message, refuses=False)
+
+
+def _asked(policy: Policy, at: int, stage: Stage) -> Iterator[Remark]:
+    """What is odd about when, and for how much money, the judges of a stage are asked."""
+    rules = next((later for later in policy.stages[at + 1 :] if not later.judges), None)
+    if stage.judges and rules is not None:
+        message = (
+            f"asks a model before the rules of stage '{rules.name}', which cost nothing and may "
+            "settle the outcome; put the rules first"
+        )
+        yield Remark(("stages", at, "name"), message, refuses=False)
+    if stage.sample == 0.0:
+        yield Remark(("stages", at, "sample"), "with 0 the stage never runs", refuses=False)
+    if stage.budget is None:
+        return
+    if not stage.judges:
+        message = "has no effect: no check of this stage asks a model"
+        yield Remark(("stages", at, "budget"), message, refuses=False)
+    elif stage.budget.when_used_up is not None and stage.budget.usd_per_day is None:
+        message = "has no effect without 'usd_per_day'"
+        yield Remark(("stages", at, "budget", "when_used_up"), message, refuses=False)
+
+
+def _is_maker(policy: Policy, judge: Judge, path: Path) -> Iterator[Remark]:
+    for model in judge.models:
+        for made_by in _models(policy.match):
+            if made_by.strip("*") and fnmatchcase(model, made_by):
+                message = (
+                    f"judge '{judge.id}' asks '{model}', which 'match.model: {made_by}' says may "
+                    "have written the answer; models are lenient with their own"
+                )
+                key = "model" if "model" in type(judge).model_fields else "judges"
+                yield Remark((*path, key), message, refuses=False)
+                return
+
+
+def _models(condition: Condition) -> Iterator[str]:
+    """The patterns of models a condition asks for."""
+    if condition.model is not None:
+        yield condition.model
+    for part in (*(condition.any or ()), *(condition.all or ())):
+        yield from _models(part)
+
+
 def _confidence(policy: Policy) -> Iterator[Remark]:
+    if policy.confidence.source == "judge" and not policy.judges:
+        message = "no check of this policy asks a model, so there is never a confidence"
+        yield Remark(("confidence", "source"), message, refuses=False)
     if policy.confidence.calibrator is not None:
         return
     conditions: list[tuple[Path, str | None]] = [

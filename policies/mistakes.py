@@ -170,14 +170,16 @@ def _keys_at(path: Path, data: JSON, document: Mapping[str, Any]) -> list[str]:
     """The keys that a mapping of the data may have, by the JSON Schema of the document."""
 
     def resolve(schema: Mapping[str, Any], data: JSON) -> Mapping[str, Any]:
-        """Follow references and choose the branch of a union that speaks of keys."""
+        """Follow references and choose the branch of a union that is for such data."""
         if reference := schema.get("$ref"):
             return resolve(document["$defs"][reference.rpartition("/")[2]], data)
         if union := schema.get("discriminator"):
             tag = data.get(union["propertyName"]) if isinstance(data, dict) else None
             return resolve({"$ref": union["mapping"].get(tag)}, data)
         for branch in schema.get("anyOf", ()):
-            if (found := resolve(branch, data)).keys() & {"properties", "items"}:
+            if ("items" if isinstance(data, list) else "properties") in (
+                found := resolve(branch, data)
+            ):
                 return found
         return schema
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated, Literal
+from functools import cached_property
+from hashlib import sha256
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
+from judges import AnyJudge, Judge
 from policies.expressions import Expression, compile_expression
-from validators import AnyValidator
+from validators import AnyValidator, OnError, OnFail, Validator
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -147,22 +150,54 @@ class Risk(Document):
     raise_: tuple[RaiseRule, ...] = Field(default=(), alias="raise")
 
 
+#: Every check a policy may name, told apart by `use`.
+AnyCheck: TypeAlias = Annotated[AnyValidator | AnyJudge, Field(discriminator="use")]
+
+
+class Budget(Document):
+    """What the judges of a stage may cost.
+
+    `usd_per_day` is what they may spend together in a day (UTC), `latency` how long one may take.
+    `when_used_up` says what a judge asks for that is not asked because the day's money is spent; by
+    default that is for its `on_error`.
+    """
+
+    usd_per_day: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    latency: Annotated[DurationS, Field(gt=0)] | None = None
+    when_used_up: OnError | None = None
+
+
 class Stage(Document):
-    """Checks that run together. Skipped if `when` (CEL) does not hold."""
+    """Checks that run together.
+
+    Skipped if `when` (CEL) does not hold, and for a share 1 - `sample` of the exchanges.
+    """
 
     name: Name
     when: str | None = None
-    checks: tuple[AnyValidator, ...] = Field(min_length=1)
+    sample: Probability = 1.0
+    budget: Budget | None = None
+    checks: tuple[AnyCheck, ...] = Field(min_length=1)
+
+    @cached_property
+    def validators(self) -> tuple[Validator, ...]:
+        """The checks that need no model, in order."""
+        return tuple(check for check in self.checks if isinstance(check, Validator))
+
+    @cached_property
+    def judges(self) -> tuple[Judge, ...]:
+        """The checks that ask a model, in order."""
+        return tuple(check for check in self.checks if isinstance(check, Judge))
 
 
 class Confidence(Document):
     """Where confidence comes from, and what happens to a response that has none.
 
-    `source: logprob` asks the provider for logprobs, `none` does not. Without a calibrator nothing
-    is called confidence.
+    `source: logprob` asks the provider for logprobs, `judge` and `none` do not; with `none` there
+    is no confidence. Without a calibrator nothing is called confidence.
     """
 
-    source: Literal["logprob", "none"] = "logprob"
+    source: Literal["logprob", "judge", "none"] = "logprob"
     calibrator: Name | None = None
     when_uncalibrated: Literal["return", "flag", "hold"]
 
@@ -304,10 +339,41 @@ class Policy(Document):
         ids = [check.id for check in self.checks]
         self._expressions = {source: compile_expression(source, ids) for source in sources}
 
-    @property
-    def checks(self) -> tuple[AnyValidator, ...]:
+    @cached_property
+    def checks(self) -> tuple[AnyCheck, ...]:
         """Every check of every stage, in order."""
         return tuple(check for stage in self.stages for check in stage.checks)
+
+    @cached_property
+    def judges(self) -> tuple[Judge, ...]:
+        """The checks that ask a model, in order."""
+        return tuple(judge for stage in self.stages for judge in stage.judges)
+
+    @cached_property
+    def referred(self) -> frozenset[str]:
+        """The ids of the checks that its expressions refer to."""
+        return frozenset[str]().union(*(each.checks for each in self._expressions.values()))
+
+    @cached_property
+    def feeding(self) -> tuple[AnyCheck, ...]:
+        """The checks with `on_fail: score`, whose scores lower the score."""
+        return tuple(check for check in self.checks if check.on_fail is OnFail.SCORE)
+
+    @cached_property
+    def checks_digest(self) -> str | None:
+        """SHA-256 (hex) of the checks that feed the score, in any order; None if there are none."""
+        if not self.feeding:
+            return None
+        shapes = [
+            f"{each.id} {each.digest}" if isinstance(each, Judge) else each.model_dump_json()
+            for each in sorted(self.feeding, key=lambda each: each.id)
+        ]
+        return sha256("\n".join(shapes).encode()).hexdigest()
+
+    @cached_property
+    def judge_digests(self) -> dict[str, str]:
+        """By the id of each judge, SHA-256 (hex) of all that shapes its score."""
+        return {judge.id: judge.digest for judge in self.judges}
 
     def expression(self, when: str) -> Expression:
         """The compiled form of one of the policy's `when` texts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from policies.decision import Reason
+from policies.evidence import Reason
 from policies.expressions import MissingValue, Variables
 from policies.model import Policy, RiskTier, Stage
 

@@ -20,6 +20,8 @@ signal             formula, with ``l_t`` the natural-log probability of token ``
 The last three need the alternatives (`top_logprobs`, at least two at every position) and are left
 out without them. The entropy is a lower bound: mass that is not listed is not counted.
 
+The score of a judge, in [0, 1], is a signal as well: ``judge.<check id>``.
+
 References
 ----------
 Length-normalised sequence probability: Malinin and Gales (2021), "Uncertainty Estimation in
@@ -36,7 +38,9 @@ from enum import StrEnum
 from itertools import islice, pairwise
 from math import exp, isnan, log
 from operator import ge, sub
-from typing import Literal, TypeAlias, get_args
+from typing import Annotated, Literal, TypeAlias, get_args
+
+from pydantic import Field
 
 from validators import Exchange, TokenLogprob
 
@@ -54,6 +58,10 @@ SignalName: TypeAlias = Literal[
     "min_margin",
     "mean_entropy",
 ]
+
+#: The score of the judge of that id.
+JudgeSignal: TypeAlias = Annotated[str, Field(pattern=r"^judge\.[a-z][a-z0-9_]{0,63}$")]
+JUDGE = "judge."
 
 #: Lower log-probabilities count as this: providers write -9999.0 (OpenAI API) or -inf for "not
 #: among the likely ones".
@@ -170,17 +178,22 @@ def log_odds(probability: float) -> float:
 def feature(name: str, value: float) -> float:
     """A signal on the scale on which signals are combined linearly; always finite.
 
-    Logprobs become the clipped log-odds of their exponential; a margin, already a log-odds between
-    two tokens, is capped where those end; entropy becomes its negative logarithm and length its
-    logarithm.
+    Logprobs become the clipped log-odds of their exponential, a judge's score its clipped log-odds;
+    a margin, already a log-odds between two tokens, is capped where those end; entropy becomes its
+    negative logarithm and length its logarithm.
     """
-    if name in get_args(LogprobName):
+    if name in _LOGPROBS:
         return log_odds(exp(value))
+    if name.startswith(JUDGE):
+        return log_odds(value)
     if name == "n_tokens":
         return log(max(value, 1.0))
     if name == "mean_entropy":
         return -log(value + CLIP)
     return min(value, -log(CLIP))
+
+
+_LOGPROBS = frozenset(get_args(LogprobName))
 
 
 def _sequence(logprobs: list[float]) -> dict[str, float]:

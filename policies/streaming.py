@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from policies.model import Action, Band, Mode, Policy, RiskTier, StreamMode
+from policies.decision import default_on_error
+from policies.model import Action, AnyCheck, Band, Mode, Policy, RiskTier, StreamMode
 from policies.source import Path
-from validators import AnyValidator, OnError, OnFail
+from validators import OnError, OnFail
 from validators.scan import Scan
 
 _ENFORCING = {OnFail.BLOCK, OnFail.HOLD, OnFail.REDACT, OnFail.REGENERATE}
@@ -62,20 +63,23 @@ def reachable_tiers(policy: Policy) -> tuple[RiskTier, ...]:
     return tuple(sorted({base, *raised}, key=lambda tier: tier.rank))
 
 
-def is_bounded(check: AnyValidator) -> bool:
+def is_bounded(check: AnyCheck) -> bool:
     """Whether what the check finds has a bounded length and is found in that stretch of text."""
     return isinstance(check, Scan) and check.longest_match is not None
 
 
 def _checks_at_odds(policy: Policy, mode: StreamMode) -> Iterator[tuple[Path, str]]:
-    may_be_high = reachable_tiers(policy)[-1].rank >= RiskTier.HIGH.rank
+    default = default_on_error(reachable_tiers(policy)[-1])
     for at, stage in enumerate(policy.stages):
+        used_up = stage.budget and stage.budget.when_used_up
+        if stage.judges and used_up in (OnError.HOLD, OnError.BLOCK):
+            yield ("stages", at, "budget", "when_used_up"), f"'when_used_up: {used_up}'"
         for index, check in enumerate(stage.checks):
             path = ("stages", at, "checks", index)
             windowed = mode is StreamMode.WINDOW and stage.when is None and is_bounded(check)
             honoured = {OnFail.BLOCK, OnFail.REDACT} if windowed else set()
             if check.on_fail in _ENFORCING - honoured:
                 yield (*path, "on_fail"), f"'on_fail: {check.on_fail}' of check '{check.id}'"
-            on_error = check.on_error or (OnError.HOLD if may_be_high else OnError.FLAG)
+            on_error = check.on_error or default
             if on_error is OnError.HOLD or (on_error is OnError.BLOCK and not windowed):
                 yield (*path, "on_error"), f"'on_error: {on_error}' of check '{check.id}'"

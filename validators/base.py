@@ -238,7 +238,8 @@ class CheckResult:
 
     `score` is in [0, 1], 1 best, uncalibrated; None when the check could not tell. `error` is set exactly when `outcome`
     is ERROR, and `cause` may then say which kind of failure it was. `latency_ms` and `cost_usd` are filled in by whoever
-    ran the check. `opinion` is set where a model was asked.
+    ran the check; a cost that nobody knows is NaN. `opinion` is set where a model was asked; `cached` says that it was
+    asked earlier, about the same.
     """
 
     check: str
@@ -251,13 +252,17 @@ class CheckResult:
     version: str = ""
     cause: Cause | None = None
     opinion: Opinion | None = None
+    cached: bool = False
 
 
 def _as_sequence(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-Targets = Annotated[tuple[Target, ...], BeforeValidator(_as_sequence), Field(min_length=1)]
+_SomeTargets = Annotated[tuple[Target, ...], Field(min_length=1)]
+Targets = Annotated[
+    _SomeTargets, BeforeValidator(_as_sequence, json_schema_input_type=Target | _SomeTargets)
+]
 
 #: At most this many findings are kept of one check, so that hostile text cannot make a record grow without bound.
 MAX_FINDINGS = 50

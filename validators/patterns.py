@@ -40,8 +40,10 @@ def _as_sequence(value: object) -> object:
 
 
 AnyPattern = Annotated[Pattern, BeforeValidator(_as_mapping, json_schema_input_type=str | Pattern)]
+_SomePatterns = Annotated[tuple[AnyPattern, ...], Field(min_length=1, max_length=1000)]
 Patterns = Annotated[
-    tuple[AnyPattern, ...], BeforeValidator(_as_sequence), Field(min_length=1, max_length=1000)
+    _SomePatterns,
+    BeforeValidator(_as_sequence, json_schema_input_type=AnyPattern | _SomePatterns),
 ]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from gateway import __version__
-from gateway.api.depends import ServicesOf
-from gateway.errors import StoreError
+from gateway import __version__, economics
+from gateway.api.depends import Admin, ServicesOf
+from gateway.errors import InvalidRequest, StoreError
+from policies import staleness
 from validators import JSON
 
 router = APIRouter(tags=["operations"])
@@ -27,12 +28,18 @@ async def readyz(services: ServicesOf, response: Response) -> dict[str, JSON]:
     except StoreError as error:
         store = error.message
         response.status_code = 503
-    policies = services.policies.current
+    policies, calibrators = services.policies.current, services.policies.calibrators
     return {
         "status": "ready" if store == "ok" else "not ready",
         "store": store,
         "policies": [policy.label for policy in policies.policies],
         "warnings": [str(problem) for problem in policies.warnings],
+        "stale": [
+            f"policy {policy.policy}: {message}"
+            for policy in policies.policies
+            for message in staleness(policy, calibrators)
+        ],
+        "judges_down": list(services.interviewer.down),
         "waiting": len(services.room),
     }
 
@@ -43,3 +50,16 @@ async def metrics(services: ServicesOf) -> Response:
     return Response(
         services.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
     )
+
+
+@router.get("/admin/economics", response_model=None)
+async def economics_since(
+    services: ServicesOf, caller: Admin, since: str = "24h"
+) -> dict[str, JSON]:
+    """What rules, judges and people did and cost since a time, or for a duration until now."""
+    try:
+        at = economics.moment_of(since, services.clock.now())
+    except ValueError as error:
+        raise InvalidRequest(str(error), param="since") from error
+    found = await services.store.economics(at)
+    return economics.shown(found, at, services.settings.review.usd_per_minute)

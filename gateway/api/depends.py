@@ -35,3 +35,11 @@ def _reviewer(caller: AnyCaller) -> Caller:
 
 
 Reviewer = Annotated[Caller, Depends(_reviewer)]
+
+
+def _admin(caller: AnyCaller) -> Caller:
+    caller.require(Role.ADMIN)
+    return caller
+
+
+Admin = Annotated[Caller, Depends(_admin)]

@@ -24,6 +24,7 @@ from gateway.errors import (
     NotFound,
     UpstreamError,
 )
+from gateway.interviews import is_from_judge
 from gateway.ports import UpstreamCall
 from gateway.recording import new_id
 from gateway.records import DecisionRecord, Role
@@ -102,6 +103,12 @@ class OpenAIEdge:
 
     async def _checked(self, exchange: Exchange, caller: Caller, endpoint: str) -> None:
         services = self._services
+        if is_from_judge(exchange.headers):
+            raise Forbidden(
+                "This is a judge's question, and a judge is not judged: let the judge's model have the address of its "
+                "provider, not of a gateway.",
+                code="judge_refused",
+            )
         call = make_call(
             decision_id=exchange.id,
             endpoint=endpoint,

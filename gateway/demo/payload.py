@@ -86,7 +86,7 @@ def payload_for(endpoint: Endpoint, body: Mapping[str, Any], script: Script) -> 
     Raises
     ------
     ApiError
-        If the model gives no logprobs and the request asks for some.
+        If the model gives no logprobs, or knows no schema of its reply, and the request asks for it.
     """
     if script.fault == "html502":
         page = b"<html><head><title>502 Bad Gateway</title></head><body>Bad Gateway</body></html>"
@@ -102,6 +102,9 @@ def payload_for(endpoint: Endpoint, body: Mapping[str, Any], script: Script) -> 
         if endpoint.logprobs == "include":
             message += " It gives no logprobs."
         raise ApiError(400, message, param=endpoint.logprobs, code="unsupported_parameter")
+    if str(body.get("model", "")).startswith("no-schema") and "response_format" in body:
+        message = "Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model."
+        raise ApiError(400, message, param="response_format")
     ask = Ask(body, script, uuid.uuid4().hex, int(time.time()))
     if body.get("stream"):
         return _streamed(endpoint, ask, status)

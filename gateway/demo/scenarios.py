@@ -146,6 +146,24 @@ SCENARIOS: tuple[Scenario, ...] = (
         metadata={"task": "support_answer"},
     ),
     Scenario(
+        name="ungrounded",
+        title="A fluent answer, and the model is sure, that the terms do not bear out",
+        prompt="Our terms: goods may be sent back within 14 days. How long do I have to send back a lamp?",
+        keywords=("send back a lamp",),
+        script=Script(
+            text="You may send the lamp back within 60 days, and we pay the postage.",
+            certainty=0.9995,
+            judges={
+                "*": Script(
+                    labels={"*": "no"},
+                    certainty=0.98,
+                    reasoning="The terms say 14 days, and nothing of postage.",
+                )
+            },
+        ),
+        metadata={"task": "terms_answer"},
+    ),
+    Scenario(
         name="sql",
         title="SQL that does more than read",
         prompt="Write the SQL for all orders that were never paid.",
@@ -181,14 +199,15 @@ def script_for(spoken: Sequence[Turn]) -> tuple[Script, int]:
     ScriptError
         If a message carries a script that cannot be followed.
     """
-    for find in (read_script, _scenario_of):
+    for find in (read_script, scenario_of):
         for place in reversed(range(len(spoken))):
             if spoken[place].speaker == "user" and (script := find(spoken[place].text)):
                 return script, times_answered(spoken[place + 1 :])
     return OTHERWISE, 0
 
 
-def _scenario_of(text: str) -> Script | None:
+def scenario_of(text: str) -> Script | None:
+    """The script of the first scenario that a text matches."""
     lowered = text.lower()
     matching = (s.script for s in SCENARIOS if all(word in lowered for word in s.keywords))
     return next(matching, None)

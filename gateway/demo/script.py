@@ -80,6 +80,10 @@ class Script(_Strict):
     the first byte, `token_delay_ms` between the pieces of a stream; `fault`; `size_mb` for `fault:
     huge`; `encoding` compresses the body whatever the client accepts.
 
+    As a judge: `judges` are the scripts of judges' models (`*`: of any other) when this request, or the answer to it, is
+    judged. Such a script has `labels` by criterion (`*`: of any other; default: the good one) given with the probability
+    `certainty`, and its reasons in `reasoning`; or a `text`, in which NONCE stands for the judge's nonce.
+
     Again: `attempts` are the scripts of successive attempts, the last one repeating. With an `id`
     every request with that id counts; without, the conversation does (how often somebody spoke
     again after the script).
@@ -105,6 +109,9 @@ class Script(_Strict):
     fault: Fault | None = None
     size_mb: Annotated[int, Field(ge=1, le=256)] = 16
     encoding: Literal["gzip", "deflate", "zstd"] | None = None
+
+    judges: dict[str, Script] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict)
 
     id: str | None = None
     attempts: tuple[Script, ...] = ()

@@ -20,6 +20,7 @@ from typing import Any
 import orjson
 from aiohttp import BodyPartReader, web
 
+from gateway.demo.judge import question_in
 from gateway.demo.payload import (
     CHAT,
     COMPLETIONS,
@@ -155,7 +156,8 @@ class _Upstream:
 
     def _script(self, body: Mapping[str, Any]) -> Script:
         try:
-            script, later = script_for(turns(body))
+            question = question_in(body)
+            script, later = (question.script, 0) if question else script_for(turns(body))
         except ScriptError as error:
             raise ApiError(400, str(error), param="demo") from error
         if script.id is not None:
@@ -164,7 +166,8 @@ class _Upstream:
             self.counters.move_to_end(script.id)
             if len(self.counters) > MAX_COUNTERS:
                 self.counters.popitem(last=False)
-        return script.attempt(later)
+        script = script.attempt(later)
+        return question.answered(script) if question else script
 
 
 # ------------------------------------------------------------------------------------------ sending

@@ -31,6 +31,7 @@ _SHOWN = (
     "support",
     "tag",
     "unsure",
+    "ungrounded",
     "personal_data",
     "refund_small",
     "refund_mended",

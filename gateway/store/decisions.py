@@ -10,7 +10,8 @@ from typing import Any
 from sqlalchemy import Connection, Dialect, Select, Table, insert, select, update
 
 from gateway.errors import Conflict, NotFound
-from gateway.records import ApiKey, DecisionRecord
+from gateway.records import ApiKey, DecisionRecord, LabelledDecision
+from gateway.store import economics
 from gateway.store.rows import (
     Entry,
     Row,
@@ -20,7 +21,7 @@ from gateway.store.rows import (
     micros,
     text,
 )
-from gateway.store.schema import api_keys, audit_entries, decisions, outbox, reviews, tasks
+from gateway.store.schema import api_keys, audit_entries, decisions, labels, outbox, reviews, tasks
 
 _KEPT = select(*(column for column in decisions.c if not column.name.startswith("redacted_")))
 
@@ -48,6 +49,8 @@ def record(connection: Connection, entries: Sequence[Entry]) -> None:
     _insert(connection, tasks, [entry.task for entry in entries if entry.task])
     outgoing = [entry.outbox for entry in entries if entry.outbox]
     log(connection, [entry.audit for entry in entries], outgoing)
+    if spends := [spend for entry in entries for spend in entry.spends]:
+        economics.spend(connection, spends, abandoned=False)
 
 
 def by_id(connection: Connection, decision_id: str) -> DecisionRecord | None:
@@ -74,6 +77,16 @@ def by_fingerprint(
 def _first(connection: Connection, query: Select[Any]) -> DecisionRecord | None:
     row = connection.execute(query).mappings().first()
     return None if row is None else decision_record(row)
+
+
+def labelled(connection: Connection, after: str, limit: int) -> list[LabelledDecision]:
+    """Decisions with the labels that people gave them, by task id, those after the given one."""
+    judged = _KEPT.add_columns(labels.c.task_id, labels.c.acceptable, labels.c.inclusion)
+    query = judged.join_from(labels, decisions).where(labels.c.task_id > after)
+    return [
+        LabelledDecision(row["task_id"], decision_record(row), row["acceptable"], row["inclusion"])
+        for row in connection.execute(query.order_by(labels.c.task_id).limit(limit)).mappings()
+    ]
 
 
 def to_erase(connection: Connection, now: datetime, limit: int) -> list[str]:

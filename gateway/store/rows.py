@@ -16,8 +16,10 @@ from sqlalchemy import RowMapping
 from gateway.records import (
     ApiKey,
     DecisionRecord,
+    Effort,
     NewTask,
     Role,
+    Spend,
     TaskKind,
     TaskRecord,
     TaskState,
@@ -92,6 +94,7 @@ class Entry(NamedTuple):
     audit: Row
     task: Row | None
     outbox: Row | None
+    spends: tuple[Spend, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,7 @@ def entry(decision: DecisionRecord, task: NewTask | None, erasure: Erasure | Non
         audit_row("decision.recorded", decision.id, created_at, facts),
         _task_row(task, decision, created_at) if task else None,
         (created_at, "task.opened", task.id) if task else None,
+        decision.effort.spends,
     )
 
 
@@ -157,6 +161,9 @@ def _decision_row(record: DecisionRecord, created_at: int, erasure: Erasure | No
         erasure and micros(erasure.at),
         erasure and pack(erasure.request),
         erasure and pack(erasure.response),
+        record.effort.rules_ms,
+        record.effort.judge_ms,
+        record.effort.judge_usd,
     )
 
 
@@ -175,6 +182,8 @@ def _task_row(task: NewTask, decision: DecisionRecord, created_at: int) -> Row:
         NEVER if task.due_at is None else micros(task.due_at),
         task.on_deadline,
         task.inclusion,
+        None,
+        None,
         None,
         None,
         None,
@@ -207,6 +216,7 @@ def decision_record(row: RowMapping) -> DecisionRecord:
         request=unpack(row["request"]),
         response=unpack(row["response"]),
         response_headers=_unpack_json(row["response_headers"]),
+        effort=Effort(row["rules_ms"] or 0.0, row["judge_ms"], row["judge_usd"]),
     )
 
 
@@ -233,6 +243,7 @@ def task_record(row: RowMapping) -> TaskRecord:
         reason=row["reason"],
         comment=row["comment"],
         correction=unpack(row["correction"]),
+        worked_s=None if row["worked_us"] is None else row["worked_us"] / 1e6,
     )
 
 

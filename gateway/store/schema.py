@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 
 #: The revision this code reads and writes.
-REVISION = "0001"
+REVISION = "0002"
 
 #: `due_at` of a task without a deadline, so that one ascending index serves queue and expiry.
 NEVER = 2**63 - 1
@@ -57,10 +57,20 @@ decisions = Table(
     Column("erase_at", BigInteger),
     Column("redacted_request", LargeBinary),
     Column("redacted_response", LargeBinary),
+    Column("rules_ms", Double),
+    Column("judge_ms", Double),
+    Column("judge_usd", Double),
 )
 # Partial indexes are so on PostgreSQL too (see the revisions); to say it here would load that dialect for everybody, 2 MB.
 Index("ix_decisions_fingerprint", decisions.c.fingerprint, decisions.c.created_at)
-Index("ix_decisions_created_at", decisions.c.created_at)
+#: Holds all that the economics of a time are computed from, so that no decision has to be read.
+Index(
+    "ix_decisions_economics",
+    decisions.c.created_at,
+    decisions.c.rules_ms,
+    decisions.c.judge_ms,
+    decisions.c.judge_usd,
+)
 _from_upstream = decisions.c.upstream_id.is_not(None)
 Index(
     "ix_decisions_upstream_id",
@@ -75,7 +85,8 @@ Index(
     sqlite_where=_to_erase,
 )
 
-#: `queue_rank` is 0 for tier critical to 3 for low; `resolved_at` is set exactly when the state is terminal.
+#: `queue_rank` is 0 for tier critical to 3 for low; `resolved_at` is set exactly when the state is terminal. `worked_us` is the
+#: time from the resolver's claim to the resolution, or to the claim's lapse; NULL where they did not claim the task.
 tasks = Table(
     "tasks",
     metadata,
@@ -95,6 +106,8 @@ tasks = Table(
     Column("claimed_by", Text),
     Column("claimed_until", BigInteger),
     Column("resolved_at", BigInteger),
+    Column("claimed_at", BigInteger),
+    Column("worked_us", BigInteger),
 )
 _unresolved = tasks.c.resolved_at.is_(None)
 Index(
@@ -106,6 +119,26 @@ Index(
     sqlite_where=_unresolved,
 )
 Index("ix_tasks_due_at", tasks.c.due_at, sqlite_where=_unresolved)
+_resolved = tasks.c.resolved_at.is_not(None)
+Index(
+    "ix_tasks_economics",
+    tasks.c.resolved_at,
+    tasks.c.state,
+    tasks.c.created_at,
+    tasks.c.worked_us,
+    sqlite_where=_resolved,
+)
+
+#: What the judges of a stage cost on a day (UTC, as 2030-01-31); `abandoned_usd` is the part that no decision carries.
+spending = Table(
+    "spending",
+    metadata,
+    Column("day", Text, primary_key=True),
+    Column("policy", Text, primary_key=True),
+    Column("stage", Text, primary_key=True),
+    Column("usd", Double, nullable=False),
+    Column("abandoned_usd", Double, nullable=False),
+)
 
 reviews = Table(
     "reviews",

@@ -7,7 +7,7 @@ import copy
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +19,15 @@ from gateway.errors import SettingsError, StoreError
 from gateway.records import (
     ApiKey,
     DecisionRecord,
+    Economics,
+    LabelledDecision,
     NewTask,
     Resolution,
+    Spend,
     TaskRecord,
     TaskState,
 )
-from gateway.store import decisions, tasks
+from gateway.store import decisions, economics, tasks
 from gateway.store.engines import Engine, Refused, SqliteEngine
 from gateway.store.migrations import is_current
 from gateway.store.rows import Entry, Erasure, entry
@@ -220,11 +223,27 @@ class SqlStore:
             found |= await self._engine.read(partial(tasks.settled, task_ids=some))
         return found
 
+    async def labelled(self, after: str, limit: int) -> Sequence[LabelledDecision]:
+        """Decisions that people have judged, in order of their tasks' ids, those after the given id ("" for the first)."""
+        return await self._engine.read(partial(decisions.labelled, after=after, limit=limit))
+
     async def erase_due(self, now: datetime, limit: int) -> int:
         """Erase contents whose time has come; return how many decisions were touched."""
         if not await self._engine.read(partial(decisions.to_erase, now=now, limit=1)):
             return 0
         return await self._engine.write(partial(decisions.erase, now=now, limit=limit))
+
+    async def spend(self, spends: Sequence[Spend]) -> None:
+        """Add what judges cost to their stages' accounts, apart from any decision."""
+        await self._engine.write(partial(economics.spend, spends=spends, abandoned=True))
+
+    async def spent(self, day: date) -> Mapping[tuple[str, str], float]:
+        """What the judges of each stage, by policy and name, cost on a day."""
+        return await self._engine.read(partial(economics.spent, day=day))
+
+    async def economics(self, since: datetime) -> Economics:
+        """What each layer did since then."""
+        return await self._engine.read(partial(economics.since, at=since))
 
     async def create_key(self, key: ApiKey) -> None:
         """Store an API key. Raises `Conflict` if the name is taken."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, case, insert, or_, select, update
 
 from gateway.errors import Conflict, NotFound
 from gateway.records import Resolution, TaskRecord, TaskState, Verdict
@@ -24,7 +24,7 @@ _UNRESOLVED = tasks.c.resolved_at.is_(None)
 _REVIEW = [column for column in reviews.c if column.name not in {"task_id", "at"}]
 _TASKS = select(tasks, *_REVIEW).outerjoin_from(tasks, reviews)
 _MOST_URGENT = (tasks.c.queue_rank, tasks.c.due_at, tasks.c.created_at, tasks.c.id)
-_UNCLAIMED = {"claimed_by": None, "claimed_until": None}
+_UNCLAIMED = {"claimed_by": None, "claimed_until": None, "claimed_at": None}
 
 
 def by_id(connection: Connection, task_id: str) -> TaskRecord | None:
@@ -75,9 +75,11 @@ def claim(
 ) -> TaskRecord:
     """Lease the task to the reviewer, or renew their lease."""
     reviewer = text(reviewer)
+    renewed = (tasks.c.claimed_by == reviewer) & (tasks.c.claimed_until > micros(now))
     change = _change(task_id, _free_for(reviewer, now)).values(
         state=TaskState.CLAIMED.value,
         claimed_by=reviewer,
+        claimed_at=case((renewed, tasks.c.claimed_at), else_=micros(now)),
         claimed_until=micros(now + timedelta(seconds=lease_s)),
     )
     claimed = connection.execute(change).rowcount
@@ -105,7 +107,12 @@ def resolve(connection: Connection, resolution: Resolution) -> TaskRecord:
     change = _change(
         resolution.task_id,
         (tasks.c.version == resolution.version) & _free_for(reviewer, resolution.at),
-    ).values(state=TaskState.RESOLVED.value, resolved_at=at_us, **_UNCLAIMED)
+    ).values(
+        state=TaskState.RESOLVED.value,
+        resolved_at=at_us,
+        worked_us=_worked_us(reviewer, at_us),
+        **_UNCLAIMED,
+    )
     resolved = connection.execute(change.returning(tasks.c.decision_id, tasks.c.inclusion)).first()
     if resolved is None:
         task = _existing(connection, resolution.task_id)
@@ -186,6 +193,12 @@ def _change(task_id: str, condition: ColumnElement[bool]) -> Any:
     """An UPDATE of an unresolved task, if the condition holds, to its next version."""
     change = update(tasks).where(tasks.c.id == task_id, _UNRESOLVED, condition)
     return change.values(version=tasks.c.version + 1)
+
+
+def _worked_us(reviewer: str, at_us: int) -> ColumnElement[int | None]:
+    """How long the reviewer has had the task, until now or until the claim lapsed; NULL if they have not claimed it."""
+    until_us = case((tasks.c.claimed_until < at_us, tasks.c.claimed_until), else_=at_us)
+    return case((tasks.c.claimed_by == reviewer, until_us - tasks.c.claimed_at))
 
 
 def _free_for(reviewer: str, now: datetime) -> ColumnElement[bool]:

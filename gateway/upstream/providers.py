@@ -145,6 +145,7 @@ class ProviderUpstream:
                 f"{model[:100]!r} is not the name of a model.", code="invalid_model", param="model"
             )
         times = self._entry.timeout_s
+        via = [value for name, value in call.headers if name.lower() == "via"]
         return {name: value for name, value in body.items() if name in PARAMETERS} | {
             "model": f"{self._entry.provider}/{model}",
             "api_base": self._entry.base_url,
@@ -152,6 +153,8 @@ class ProviderUpstream:
             "timeout": httpx.Timeout(times.read, connect=times.connect),
             "max_retries": 0,
             "num_retries": 0,
+            # Says where the call has been (RFC 9110, section 7.6.3), should the address be a gateway again.
+            **({"extra_headers": {"via": ", ".join(via)}} if via else {}),
         }
 
     async def _events(self, chunks: AsyncIterator[Any], deadline_s: float) -> AsyncIterator[bytes]:

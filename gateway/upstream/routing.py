@@ -31,6 +31,8 @@ from gateway.upstream.direct import DirectUpstream, open_session
 #: A provider that asks for a longer pause is not asked again; the caller is told, and decides.
 LONGEST_PAUSE_S = 20.0
 LONGEST_RETRYING_S = 60.0
+#: How often at least a call of our own is tried again: unlike a client's, nobody else repeats it.
+OWN_RETRIES = 2
 
 _NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
 _BACKOFF = wait_exponential_jitter(multiplier=0.5, max=8)
@@ -91,7 +93,8 @@ class Router:
         sent once only.
         """
         entry = self.entry(call.model)
-        names = (call.model, *(entry.fallbacks if isinstance(call.body, bytes) else ()))
+        replaceable = isinstance(call.body, bytes) and call.patience_s is None
+        names = (call.model, *(entry.fallbacks if replaceable else ()))
         for name in names[:-1]:
             with suppress(UpstreamError):
                 response = await self._send_to(name, call)
@@ -104,11 +107,14 @@ class Router:
         index = self._index(name)
         entry, upstream = self._entries[index], self._upstreams[index]
         addressed = _addressed(call, name, entry)
-        if not entry.retries or not isinstance(call.body, bytes):
+        retries, patience_s = entry.retries, LONGEST_RETRYING_S
+        if call.patience_s is not None:
+            retries, patience_s = max(retries, OWN_RETRIES), min(call.patience_s, patience_s)
+        if not retries or not isinstance(call.body, bytes):
             return await _attempt(upstream, addressed)
         retrying = AsyncRetrying(
             retry=retry_if_result(_is_retryable) | retry_if_exception(_is_connection_error),
-            stop=partial(_is_over, entry.retries),
+            stop=partial(_is_over, retries, patience_s),
             wait=_pause_s,
             before_sleep=_discard,
             retry_error_callback=_last_outcome,
@@ -251,11 +257,11 @@ def _retry_after_s(response: UpstreamResponse | None) -> float | None:
         return None
 
 
-def _is_over(retries: int, state: RetryCallState) -> bool:
+def _is_over(retries: int, patience_s: float, state: RetryCallState) -> bool:
     return (
         state.attempt_number > retries
         or state.upcoming_sleep > LONGEST_PAUSE_S
-        or (state.seconds_since_start or 0.0) + state.upcoming_sleep > LONGEST_RETRYING_S
+        or (state.seconds_since_start or 0.0) + state.upcoming_sleep > patience_s
     )
 
 

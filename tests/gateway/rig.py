@@ -17,15 +17,20 @@ from gateway.asking import Asker
 from gateway.auth import Caller
 from gateway.calls import Call, Held, Reply, make_call
 from gateway.errors import GatewayError
+from gateway.interviews import Interviewer
 from gateway.judging import Assessor
+from gateway.jury import Jury
 from gateway.live import LiveStreams
 from gateway.local_bus import InProcessBus
 from gateway.pipeline import Pipeline
 from gateway.ports import Event
 from gateway.recording import Recorder, new_id
 from gateway.records import DecisionRecord, Role, TaskRecord
+from gateway.settings import ModelEntry
+from gateway.spending import Prices, Spending
 from gateway.store import SqlStore
 from gateway.telemetry import Metrics
+from gateway.verdicts import Verdicts
 from policies import Calibrator, Match, Policy, PolicySet, load_policy
 from tests.fakes import FakeClock, Says, ScriptedModels
 
@@ -132,7 +137,11 @@ class Rig:
     """The pipeline and all it stands on."""
 
     def __init__(
-        self, store: SqlStore, *answers: Says | GatewayError, top: int | None = None
+        self,
+        store: SqlStore,
+        *answers: Says | GatewayError,
+        top: int | None = None,
+        entries: Sequence[ModelEntry] = (),
     ) -> None:
         self.store = store
         self.clock = FakeClock()
@@ -142,10 +151,18 @@ class Rig:
         self.told: list[Event] = []
         self.bus.subscribe(self.told.append)
         self.recorder = Recorder(store, self.bus, self.clock, self.metrics)
-        self.assessor = assessor = Assessor(Fixed(), self.clock, audit_secret=b"secret")
+        self.spending = Spending(store, self.clock)
+        self.interviewer = Interviewer(
+            self.models, Prices(entries), self.clock, self.metrics, concurrency=32
+        )
+        verdicts = Verdicts(self.bus, self.clock, limit_bytes=100_000, keep_s=60)
+        jury = Jury(
+            self.interviewer, verdicts, self.spending, self.clock, self.metrics, timeout_s=30
+        )
+        self.assessor = assessor = Assessor(Fixed(), jury, self.clock, audit_secret=b"secret")
         self.live = LiveStreams(assessor, self.recorder, self.clock, response_bytes=1_000_000)
-        asker = Asker(self.models, self.clock, response_bytes=1_000_000)
-        self.pipeline = Pipeline(store, asker, assessor, self.recorder, self.live, self.clock)
+        self.asker = Asker(self.models, self.clock, response_bytes=1_000_000)
+        self.pipeline = Pipeline(store, self.asker, assessor, self.recorder, self.live, self.clock)
 
     async def answer(self, call: Call, policy: Policy) -> Reply | Held:
         """What the pipeline makes of a call."""
@@ -220,15 +237,15 @@ def parts_of(reply: Reply) -> AsyncIterator[bytes]:
 
 
 @contextmanager
-def broken(path: Path) -> Any:
-    """A store that takes nothing while this lasts."""
+def broken(path: Path, table: str = "decisions") -> Any:
+    """A store that takes nothing, or nothing for this table, while this lasts."""
     with sqlite3.connect(path) as database:
-        database.execute("ALTER TABLE decisions RENAME TO gone")
+        database.execute(f"ALTER TABLE {table} RENAME TO gone")
         database.commit()
         try:
             yield
         finally:
-            database.execute("ALTER TABLE gone RENAME TO decisions")
+            database.execute(f"ALTER TABLE gone RENAME TO {table}")
             database.commit()
     database.close()
 

@@ -54,6 +54,39 @@ async def bus(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
     await opened.close()
 
 
+async def test_what_a_replica_keeps_another_recalls_until_its_time_is_up(redis: Redis) -> None:
+    one, other = [await open_bus(redis.url) for _ in range(2)]
+    await one.keep("k", b"\x00v", 60)
+    await one.keep("brief", b"v", 0.001)
+    assert await other.recall("k") == b"\x00v"
+    assert await other.recall("nothing") is None
+    await asyncio.sleep(0.01)
+    assert await other.recall("brief") is None
+    redis.kill()
+    await one.keep("k", b"new", 60)
+    assert await other.recall("k") is None
+    await asyncio.gather(one.close(), other.close())
+
+
+async def test_a_redis_that_hangs_holds_up_nobody_who_can_do_without(redis: Redis) -> None:
+    bus = await open_bus(redis.url)
+    await bus.keep("k", b"v", 60)
+    psutil.Process(redis.pid).suspend()
+    began_s = time.monotonic()
+    assert await bus.recall("k") is None
+    await bus.keep("k", b"new", 60)
+    assert time.monotonic() - began_s < 0.5
+    psutil.Process(redis.pid).resume()
+    await bus.close()
+
+
+async def test_within_one_process_nothing_is_kept_for_others() -> None:
+    bus = await open_bus(None)
+    await bus.keep("k", b"v", 60)
+    assert await bus.recall("k") is None
+    await bus.close()
+
+
 async def test_every_subscriber_hears_an_event_before_publish_returns(bus: Bus) -> None:
     first, second = Listener(bus), Listener(bus)
     await bus.publish(SETTLED)

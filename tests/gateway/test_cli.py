@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -68,6 +69,17 @@ def test_lint_warns_of_a_calibrator_that_is_not_there(tmp_path: Path) -> None:
     done = holdgate("policy", "lint", "policies", cwd=tmp_path)
     assert done.returncode == 0
     assert "there is no calibrator 'nowhere'" in done.stderr
+
+
+def test_lint_refuses_a_calibrator_that_was_fitted_for_other_checks(tmp_path: Path) -> None:
+    text = POLICY.replace("blok", "score").replace("{when", "{calibrator: demo, when")
+    write_policy(tmp_path, text)
+    shutil.copytree(PACKAGED_CONFIG / "calibrators", tmp_path / "calibrators")
+    done = holdgate("policy", "lint", "policies", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "policy tickets: calibrator demo is stale: the checks that feed the score have changed\n"
+    )
 
 
 def test_lint_of_a_missing_folder_says_so(tmp_path: Path) -> None:

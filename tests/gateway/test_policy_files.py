@@ -69,6 +69,11 @@ def test_there_may_be_no_calibrators(root: Path) -> None:
     assert load(root / "policies", root / "calibrators").calibrators == {}
 
 
+def test_thresholds_of_judges_lie_beside_calibrators(root: Path) -> None:
+    write(root / "calibrators" / "correct.json", '{"target_agreement": 0.85, "judges": []}')
+    assert load(root / "policies", root / "calibrators").calibrators == {}
+
+
 def test_a_folder_that_is_not_there_is_named_with_the_setting_to_mend(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="no such folder; `policies` in"):
         load(tmp_path / "nowhere", tmp_path)

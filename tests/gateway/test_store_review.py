@@ -176,6 +176,7 @@ class TestResolution:
             reason="tone",
             comment="too\ufffdrude",
             correction=b"mended",
+            worked_s=7.0,
         )
         (label,) = await rows(engine, labels)
         assert (label["task_id"], label["decision_id"]) == (task_id, decision.id)

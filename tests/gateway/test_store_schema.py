@@ -78,7 +78,7 @@ async def test_database_file_is_its_owners_alone(tmp_path: Path) -> None:
     await store.close()
 
 
-async def _populate(store: SqlStore) -> None:
+async def populate(store: SqlStore) -> None:
     some = [a_decision(upstream_id=f"chatcmpl-{n}", created_at=later(n)) for n in range(3000)]
     waiting = [a_task(due_at=later(n)) for n in range(2000)]
     plain, held = some[2000:], zip(some[:2000], waiting, strict=True)
@@ -89,9 +89,9 @@ async def _populate(store: SqlStore) -> None:
         await store.resolve(Resolution(task.id, 1, Verdict.APPROVE, "ann", NOW))
 
 
-async def _plans(engine: Engine, operation: Callable[[Connection], object]) -> str:
+async def plans(engine: Engine, operation: Callable[[Connection], object]) -> str:
     """How the database would run each statement of the operation."""
-    plans: list[str] = []
+    found: list[str] = []
 
     def explain(
         connection: Connection, _: Any, statement: str, parameters: Any, *_rest: Any
@@ -99,7 +99,7 @@ async def _plans(engine: Engine, operation: Callable[[Connection], object]) -> s
         words = "EXPLAIN QUERY PLAN" if connection.dialect.name == "sqlite" else "EXPLAIN"
         cursor = connection.connection.cursor()
         cursor.execute(f"{words} {statement}", parameters)
-        plans.extend(str(row[-1]) for row in cursor.fetchall())
+        found.extend(str(row[-1]) for row in cursor.fetchall())
         cursor.close()
 
     def run(connection: Connection) -> None:
@@ -110,7 +110,7 @@ async def _plans(engine: Engine, operation: Callable[[Connection], object]) -> s
             event.remove(connection, "before_cursor_execute", explain)
 
     await engine.write(run)
-    return "\n".join(plans)
+    return "\n".join(found)
 
 
 QUERIES: dict[str, tuple[Callable[[Connection], object], str]] = {
@@ -135,10 +135,10 @@ QUERIES: dict[str, tuple[Callable[[Connection], object], str]] = {
 async def test_every_query_of_a_request_or_sweep_uses_its_index(
     store: SqlStore, engine: Engine
 ) -> None:
-    await _populate(store)
+    await populate(store)
     await engine.write(lambda connection: connection.execute(text("ANALYZE")))
     for name, (operation, index) in QUERIES.items():
-        plan = await _plans(engine, operation)
+        plan = await plans(engine, operation)
         scans = [
             line
             for line in plan.splitlines()

@@ -8,11 +8,11 @@ from typing import Literal
 
 import pytest
 
-from judges import Dialogue, Judge, ModelCall, ModelReply, VerdictError
+from judges import Dialogue, Judge, ModelCall, ModelReply, ReplyToken, VerdictError
 from policies.cascade import vetted
-from policies.decision import Evidence
+from policies.evidence import Evidence
 from tests.policies.build import exchange
-from validators import CheckResult, Exchange, Outcome, TokenLogprob
+from validators import CheckResult, Exchange, Outcome
 
 
 class SecondOpinion(Judge):
@@ -78,7 +78,7 @@ def test_a_judge_asks_and_takes_the_reply() -> None:
     (call,) = next(dialogue)
     assert call.model == "judge-small"
     assert call.parameters == {"logprobs": True}
-    result = finish(dialogue, ModelReply("yes", [TokenLogprob(math.log(0.9))], cost_usd=0.01))
+    result = finish(dialogue, ModelReply("yes", [ReplyToken("yes", math.log(0.9))], cost_usd=0.01))
     assert (result.outcome, result.cost_usd) == (Outcome.PASS, 0.01)
     assert result.score == pytest.approx(0.9)
 
@@ -113,7 +113,7 @@ def test_a_failed_call_reaches_the_judge() -> None:
         (ModelReply("yes"), Outcome.PASS),
         (ModelReply("no"), Outcome.FAIL),
         (ModelReply("perhaps"), Outcome.ERROR),
-        (ModelReply("yes", [TokenLogprob(None)]), Outcome.ERROR),
+        (ModelReply("yes", [ReplyToken("yes", None)]), Outcome.ERROR),
     ],
     ids=["yes", "no", "unreadable", "nan score"],
 )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any, ClassVar, Literal
 
-from policies.model import Policy, Stage
+from judges import Dialogue, Judge, ModelCall
+from policies.model import Budget, Policy, Stage
 from validators import (
+    Cause,
+    Check,
     CheckResult,
     Choice,
     Exchange,
@@ -43,6 +47,36 @@ class Breaks(Validator):
         raise KeyError(exchange.choices[0].text)
 
 
+class Opines(Judge):
+    """A judge whose result is written down in its configuration."""
+
+    use: Literal["opines"] = "opines"
+    model: str = "judge-small"
+    outcome: Outcome = Outcome.PASS
+    score: float | None = None
+    cause: Cause | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.model,)
+
+    @property
+    def digest(self) -> str:
+        return sha256(self.model.encode()).hexdigest()
+
+    def ask(self, exchange: Exchange, nonce: str) -> Dialogue:
+        yield (ModelCall(self.model, [{"role": "user", "content": nonce}]),)
+        return self.said()
+
+    def said(self) -> CheckResult:
+        error = "it is tired" if self.outcome is Outcome.ERROR else None
+        return CheckResult(self.id, self.outcome, score=self.score, error=error, cause=self.cause)
+
+
+def opines(name: str, outcome: Outcome = Outcome.PASS, **rest: Any) -> Opines:
+    return Opines(id=name, outcome=outcome, **rest)
+
+
 def says(
     name: str,
     outcome: Outcome = Outcome.PASS,
@@ -53,8 +87,14 @@ def says(
     return Says(id=name, outcome=outcome, on_fail=on_fail, on_error=on_error, **rest)
 
 
-def stage(*checks: Validator, name: str = "rules", when: str | None = None) -> Stage:
-    return Stage.model_construct(name=name, when=when, checks=checks)
+def stage(
+    *checks: Check,
+    name: str = "rules",
+    when: str | None = None,
+    sample: float = 1.0,
+    budget: Budget | None = None,
+) -> Stage:
+    return Stage.model_construct(name=name, when=when, sample=sample, budget=budget, checks=checks)
 
 
 def policy(*stages: Stage, uncalibrated: str = "return", **rest: Any) -> Policy:

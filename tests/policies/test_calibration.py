@@ -13,18 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.calibration import (
+    Beta,
     CalibrationError,
     Calibrator,
     Isotonic,
     Platt,
     artefact_schema,
-    checks_digest,
+    is_calibrator,
     load_calibrator,
     logistic,
 )
 from policies.signals import score
-from tests.policies.build import says
-from validators import OnFail
+from tests.policies.build import opines, policy, says, stage
+from validators import Check, OnError, OnFail
 
 DEMO = Path(__file__).parents[2] / "config" / "calibrators" / "demo.json"
 PROBABILITY = st.floats(min_value=0, max_value=1)
@@ -48,6 +49,15 @@ platts = st.builds(
 )
 
 
+betas = st.builds(
+    Beta,
+    kind=st.just("beta"),
+    a=st.floats(min_value=0, max_value=1e6),
+    b=st.floats(min_value=0, max_value=1e6),
+    c=st.floats(min_value=-1e6, max_value=1e6),
+)
+
+
 @st.composite
 def isotonics(draw: st.DrawFn) -> Isotonic:
     x = sorted(draw(st.sets(PROBABILITY, min_size=2, max_size=20)))
@@ -65,9 +75,9 @@ def test_logistic_is_a_probability_for_any_number(z: float) -> None:
     assert logistic(z) + logistic(-z) == pytest.approx(1)
 
 
-@given(st.one_of(platts, isotonics()), PROBABILITY, PROBABILITY)
+@given(st.one_of(platts, betas, isotonics()), PROBABILITY, PROBABILITY)
 def test_maps_stay_in_range_and_never_fall(
-    fitted: Platt | Isotonic, left: float, right: float
+    fitted: Platt | Beta | Isotonic, left: float, right: float
 ) -> None:
     low, high = sorted((left, right))
     assert 0 <= fitted.apply(low) <= fitted.apply(high) <= 1
@@ -76,6 +86,13 @@ def test_maps_stay_in_range_and_never_fall(
 @given(st.floats(min_value=1e-4, max_value=1 - 1e-4))
 def test_platt_that_found_nothing_to_correct_is_the_identity(value: float) -> None:
     assert Platt(kind="platt", a=-1.0, b=0.0).apply(value) == pytest.approx(value)
+
+
+@given(PROBABILITY, st.floats(min_value=0, max_value=10), st.floats(min_value=-5, max_value=5))
+def test_beta_with_both_ends_alike_is_platt(value: float, slope: float, offset: float) -> None:
+    beta = Beta(kind="beta", a=slope, b=slope, c=offset)
+    platt = Platt(kind="platt", a=-slope, b=-offset)
+    assert beta.apply(value) == pytest.approx(platt.apply(value))
 
 
 @pytest.mark.parametrize(
@@ -99,8 +116,8 @@ def test_logistic_score_combines_features() -> None:
     )
     expected = 1 / (1 + math.exp(-(0.5 - 0.25 * math.log(12))))
     assert calibrator.confidence(SIGNALS) == pytest.approx(expected)
-    assert calibrator.fits("gpt-4o", SIGNALS) is None
-    assert "needs the signal n_tokens" in (calibrator.fits("gpt-4o", {"mean_logprob": -0.2}) or "")
+    assert calibrator.lacks(SIGNALS) is None
+    assert calibrator.lacks({"mean_logprob": -0.2}) == "n_tokens"
 
 
 @given(PROBABILITY, PROBABILITY, st.floats(min_value=-50, max_value=0))
@@ -130,38 +147,84 @@ def test_nan_is_never_confident(fitted: dict[str, Any], mean: float, checks: lis
 
 
 def test_a_calibrator_fits_what_it_was_made_for() -> None:
-    assert load().fits("gpt-4o-2024-08-06", SIGNALS) is None
+    assert load().fits("gpt-4o-2024-08-06") is None
+    assert load().lacks(SIGNALS) is None
 
 
 @pytest.mark.parametrize(
-    ("model", "values", "digest", "says_why"),
+    ("model", "digest", "says_why"),
     [
-        ("gpt-5", SIGNALS, None, "is for model gpt-4o*, this is gpt-5"),
-        ("", SIGNALS, None, "this is unnamed"),
-        ("gpt-4o", SIGNALS, "a" * 64, "stale"),
-        ("gpt-4o", {"n_tokens": 3.0}, None, "needs the signal mean_logprob"),
-        ("gpt-4o", {"mean_logprob": math.nan}, None, "needs the signal mean_logprob"),
+        ("gpt-5", None, "is for model gpt-4o*, this is gpt-5"),
+        ("", None, "this is unnamed"),
+        ("gpt-4o", "a" * 64, "stale"),
     ],
-    ids=["model", "no model", "checks", "missing", "nan"],
+    ids=["model", "no model", "checks"],
 )
 def test_a_calibrator_says_why_it_does_not_fit(
-    model: str, values: dict[str, float], digest: str | None, says_why: str
+    model: str, digest: str | None, says_why: str
 ) -> None:
-    reason = load().fits(model, values, digest)
+    reason = load().fits(model, digest)
     assert reason is not None
     assert says_why in reason
 
 
+JUDGED = {
+    "source": "judge",
+    "score": {"kind": "signal", "name": "judge.grounded"},
+    "judges": {"grounded": "a" * 64},
+}
+
+
+@pytest.mark.parametrize(
+    ("judges", "says_why"),
+    [
+        ({"grounded": "a" * 64, "other": "b" * 64}, None),
+        ({"grounded": "b" * 64}, "is stale: the model, rubric or asking of judge grounded"),
+        ({"other": "a" * 64}, "needs the judge grounded, which the policy has not"),
+    ],
+    ids=["same", "changed", "gone"],
+)
+def test_a_calibrator_of_a_judge_is_for_that_very_judge(
+    judges: dict[str, str], says_why: str | None
+) -> None:
+    reason = load(**JUDGED).fits("gpt-4o", None, judges)
+    assert reason == says_why if says_why is None else says_why in (reason or "")
+
+
+def test_the_score_of_a_judge_is_taken_as_it_is_and_its_feature_is_its_log_odds() -> None:
+    values = {"judge.grounded": 0.8}
+    assert load(**JUDGED).confidence(values) == pytest.approx(0.8)
+    weights = {"kind": "logistic", "intercept": 0.0, "coefficients": {"judge.grounded": 0.5}}
+    assert load(**JUDGED | {"score": weights}).confidence(values) == pytest.approx(2 / 3)
+
+
+def test_a_judge_that_feeds_the_score_is_known_by_its_digest() -> None:
+    fed = opines("q", on_fail=OnFail.SCORE)
+    same = opines("q", on_fail=OnFail.SCORE, on_error=OnError.HOLD)
+    other = opines("q", on_fail=OnFail.SCORE, model="judge-large")
+    assert digest(fed) == digest(same)
+    assert digest(fed) != digest(other)
+
+
 def test_a_calibrator_made_with_checks_is_stale_without_them() -> None:
-    assert "stale" in (load(checks_digest="a" * 64).fits("gpt-4o", SIGNALS, None) or "")
+    assert "stale" in (load(checks_digest="a" * 64).fits("gpt-4o", None) or "")
+
+
+@pytest.mark.parametrize("values", [{"n_tokens": 3.0}, {"mean_logprob": math.nan}])
+def test_a_signal_that_is_missing_or_no_number_is_named(values: dict[str, float]) -> None:
+    assert load().lacks(values) == "mean_logprob"
+
+
+def digest(*checks: Check) -> str | None:
+    return policy(stage(*checks)).checks_digest
 
 
 def test_checks_digest_knows_the_checks_that_feed_the_score_and_no_others() -> None:
     one, two = says("one", on_fail=OnFail.SCORE), says("two", on_fail=OnFail.SCORE)
     changed = says("two", on_fail=OnFail.SCORE, score=0.5)
-    assert checks_digest([says("other")]) is None
-    assert checks_digest([one, two]) == checks_digest([two, says("other"), one])
-    assert checks_digest([one, two]) != checks_digest([one, changed])
+    assert digest(says("other")) is None
+    assert digest(one, two) == digest(two, says("other"), one)
+    assert digest(one, two) != digest(one, changed)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +237,7 @@ def test_checks_digest_knows_the_checks_that_feed_the_score_and_no_others() -> N
         ({"calibrator": {"kind": "platt", "a": 0.5, "b": 0}}, "platt.a", "less than or equal to 0"),
         ({"calibrator": {"kind": "platt", "a": math.nan, "b": 0}}, "platt.a", ""),
         ({"calibrator": {"kind": "platt", "a": -1, "b": math.inf}}, "platt.b", ""),
-        ({"calibrator": {"kind": "spline"}}, "calibrator", "'platt', 'isotonic'"),
+        ({"calibrator": {"kind": "spline"}}, "calibrator", "'platt', 'beta', 'isotonic'"),
         (
             {"calibrator": {"kind": "isotonic", "x": [0.1, 0.1], "y": [0.1, 0.2]}},
             "isotonic",
@@ -197,6 +260,13 @@ def test_checks_digest_knows_the_checks_that_feed_the_score_and_no_others() -> N
             "n_tokens",
         ),
         ({"checks_digest": "abc"}, "checks_digest", "pattern"),
+        ({"judges": {"grounded": "a" * 64}}, "the document", "of no other; it has grounded"),
+        (
+            {"score": {"kind": "signal", "name": "judge.grounded"}},
+            "the document",
+            "the score needs, grounded, and of no other; it has none",
+        ),
+        ({"score": {"kind": "signal", "name": "judge.Grounded"}}, "signal.name", "judge"),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_name_and_key(
@@ -217,6 +287,19 @@ def test_a_file_that_is_no_artefact_is_refused(text: str) -> None:
         load_calibrator(text, file="refunds.json")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (json.dumps(ARTEFACT), True),
+        ("", True),
+        ("[]", True),
+        ('{"format": 1, "name": "t", "target_agreement": 0.85, "judges": []}', False),
+    ],
+)
+def test_thresholds_of_judges_may_lie_beside_calibrators(text: str, expected: bool) -> None:
+    assert is_calibrator(text) is expected
+
+
 def test_the_schema_accepts_the_demo_artefact_and_refuses_an_unknown_key() -> None:
     validator = jsonschema.Draft202012Validator(artefact_schema())
     artefact = json.loads(DEMO.read_text())
@@ -226,8 +309,8 @@ def test_the_schema_accepts_the_demo_artefact_and_refuses_an_unknown_key() -> No
 
 def test_the_demo_artefact_is_for_the_demo_model_only_and_helps() -> None:
     demo = load_calibrator(DEMO.read_text(), file="demo.json")
-    assert demo.fits("demo-orders", SIGNALS) is None
-    assert demo.fits("gpt-4o", SIGNALS) is not None
+    assert demo.fits("demo-orders") is None
+    assert demo.fits("gpt-4o") is not None
     assert "demo model only" in demo.description
     assert demo.metrics is not None
     assert demo.metrics.ece < demo.metrics.ece_raw

@@ -13,23 +13,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.calibration import Calibrator, Platt, SignalScore, checks_digest
-from policies.decision import (
-    Decision,
-    Estimate,
-    Evidence,
-    Reason,
-    Zone,
-    decide,
-    estimate,
-    most_severe,
-    to_json,
-)
-from policies.model import Action, Band, Mode, Policy, RiskTier
+from policies.decision import Decision, Zone, decide, most_severe, to_json
+from policies.evidence import Estimate, Evidence, Reason
+from policies.model import Action, Band, Budget, Mode, RiskTier
 from policies.risk import RiskAssessment
-from policies.signals import Absence
-from tests.policies.build import Says, policy, says, stage
-from validators import MAX_FINDINGS, CheckResult, Finding, OnError, OnFail, Outcome
+from tests.policies.build import Says, opines, policy, says, stage
+from validators import (
+    MAX_FINDINGS,
+    Cause,
+    CheckResult,
+    Finding,
+    OnError,
+    OnFail,
+    Opinion,
+    Outcome,
+)
 
 RETURN, FLAG, HOLD, BLOCK = Action.RETURN, Action.FLAG, Action.HOLD, Action.BLOCK
 SURE = Estimate(0.99, 0.99, "logprob", "demo")
@@ -370,75 +368,72 @@ def test_observe_always_returns_and_enforces_nothing(
         assert observed.inclusion == 0.25
 
 
-def calibrator(**changes: Any) -> Calibrator:
-    fields: dict[str, Any] = {
-        "format": 1,
-        "name": "demo",
-        "created_at": "2026-01-02T03:04:05Z",
-        "source": "logprob",
-        "model": "demo-*",
-        "score": SignalScore(kind="signal", name="mean_logprob"),
-        "n": 10,
-        "calibrator": Platt(kind="platt", a=-1.0, b=0.0),
-    }
-    return Calibrator.model_validate(fields | changes, strict=False)
+def judged(
+    result: CheckResult,
+    *,
+    used_up: OnError | None = None,
+    on_error: OnError | None = None,
+    tier: RiskTier = RiskTier.LOW,
+    others: Sequence[Says] = (),
+) -> Decision:
+    """The decision where the judge `q`, in a stage with a budget, gave this result."""
+    budget = Budget(usd_per_day=20, when_used_up=used_up)
+    checked = policy(stage(*others, opines("q", on_error=on_error), budget=budget))
+    evidence = Evidence().after("rules", {**evidence_of(*others).results, "q": result})
+    risk = RiskAssessment(tier, ())
+    return decide(checked, evidence, risk=risk, estimate=SURE, draw=0.999, attempts_left=0)
 
 
-def estimated(
-    checked: Policy, evidence: Evidence, fitted: Calibrator | None, model: str = "demo-orders"
-) -> Estimate:
-    return estimate(checked, evidence, model=model, calibrator=fitted)
+def unable(cause: Cause) -> CheckResult:
+    return CheckResult("q", Outcome.ERROR, error="20 USD a day are spent", cause=cause)
 
 
-def test_confidence_comes_from_the_calibrator_and_names_it() -> None:
-    known = estimated(policy(), Evidence(signals=SIGNALS), calibrator())
-    assert (known.source, known.calibrator, known.uncalibrated) == ("logprob", "demo", None)
-    assert known.score == pytest.approx(math.exp(-0.1))
-    assert known.confidence == pytest.approx(math.exp(-0.1))
-
-
-@pytest.mark.parametrize(
-    ("evidence", "fitted", "why"),
-    [
-        (Evidence(signals=SIGNALS), None, "there is no calibrator"),
-        (Evidence(signals=SIGNALS), calibrator(model="gpt-*"), "is for model gpt-*"),
-        (Evidence(signals=SIGNALS), calibrator(checks_digest="a" * 64), "stale"),
-        (Evidence(signals={"n_tokens": 3.0}), calibrator(), "needs the signal"),
-        *[
-            (Evidence(signals_absent=absence), calibrator(), f"logprobs are {absence}")
-            for absence in Absence
-        ],
-    ],
-)
-def test_without_a_fitting_calibrator_there_is_no_confidence(
-    evidence: Evidence, fitted: Calibrator | None, why: str
+@pytest.mark.parametrize("tier", [RiskTier.LOW, RiskTier.MEDIUM, RiskTier.HIGH])
+@pytest.mark.parametrize(("used_up", "on_error"), list(product([None, *OnError], [None, *OnError])))
+def test_what_happens_when_the_budget_is_used_up(
+    used_up: OnError | None, on_error: OnError | None, tier: RiskTier
 ) -> None:
-    known = estimated(policy(), evidence, fitted)
-    assert (known.confidence, known.source, known.calibrator) == (None, "none", None)
-    assert why in (known.uncalibrated or "")
+    default = OnError.HOLD if tier is RiskTier.HIGH else OnError.FLAG
+    decision = judged(unable(Cause.BUDGET), used_up=used_up, on_error=on_error, tier=tier)
+    assert decision.action is ERRED[used_up or on_error or default]
+    (why,) = [each for each in decision.reasons if each.source == "check:q"]
+    assert why.message == "the budget is used up: 20 USD a day are spent"
 
 
-def test_a_policy_that_asks_for_no_logprobs_has_no_confidence() -> None:
-    checked = policy(confidence={"source": "none"})
-    assert estimated(checked, Evidence(signals=SIGNALS), calibrator()).confidence is None
+@pytest.mark.parametrize("cause", [None, *(each for each in Cause if each is not Cause.BUDGET)])
+@pytest.mark.parametrize("tier", [RiskTier.LOW, RiskTier.CRITICAL])
+def test_the_budget_has_no_say_in_other_errors(cause: Cause | None, tier: RiskTier) -> None:
+    error = CheckResult("q", Outcome.ERROR, error="late", cause=cause)
+    decision = judged(error, used_up=OnError.RETURN, tier=tier)
+    assert decision.action is (HOLD if tier is RiskTier.CRITICAL else FLAG)
+    (why,) = [each for each in decision.reasons if each.source == "check:q"]
+    assert why.message == "could not run: late"
 
 
-def test_a_failed_score_check_lowers_score_and_confidence() -> None:
-    feeding = says("one", Outcome.FAIL, OnFail.SCORE, score=0.2)
-    checked = policy(stage(feeding))
-    fitted = calibrator(checks_digest=checks_digest([feeding]))
-    evidence = replace(evidence_of(feeding), signals=SIGNALS)
-    known = estimated(checked, evidence, fitted)
-    assert known.score == 0.2
-    assert known.confidence == pytest.approx(0.2)
+def test_a_judge_that_was_cancelled_for_a_block_demands_nothing() -> None:
+    blocking = says("a", Outcome.FAIL, OnFail.BLOCK)
+    decision = judged(unable(Cause.CANCELLED), on_error=OnError.HOLD, others=[blocking])
+    assert decision.action is BLOCK
+    (why,) = [each for each in decision.reasons if each.source == "check:q"]
+    assert (why.action, why.message) == (None, "not needed: check a demands block")
 
 
-def test_a_score_check_that_could_not_tell_leaves_nothing_to_calibrate() -> None:
-    feeding = says("one", Outcome.ERROR, OnFail.SCORE)
-    fitted = calibrator(checks_digest=checks_digest([feeding]))
-    evidence = replace(evidence_of(feeding), signals=SIGNALS)
-    known = estimated(policy(stage(feeding)), evidence, fitted)
-    assert (known.score, known.confidence) == (None, None)
+@pytest.mark.parametrize("on_error", list(OnError))
+def test_a_judge_that_was_cancelled_without_need_is_an_error(on_error: OnError) -> None:
+    """Not even its own `on_error: block` counts as what it was cancelled for."""
+    flagged = says("a", Outcome.FAIL, OnFail.FLAG)
+    decision = judged(unable(Cause.CANCELLED), on_error=on_error, others=[flagged])
+    assert decision.action is most_severe([FLAG, ERRED[on_error]])
+
+
+def test_a_rationale_is_recorded_only_where_content_is() -> None:
+    opinion = Opinion("logprob", ("judge-small",), {"c": 0.4}, rationale="It says: hunter2.")
+    result = CheckResult("q", Outcome.FAIL, score=0.4, opinion=opinion)
+    evidence = Evidence().after("rules", {"q": result, **evidence_of(says("a")).results})
+    bare, whole = to_json(settle(), evidence), to_json(settle(), evidence, content=True)
+    assert "hunter2" not in json.dumps(bare)
+    assert json.dumps(bare) == json.dumps(whole).replace("It says: hunter2.", "")
+    assert evidence.results["q"].opinion == opinion
 
 
 def test_the_record_is_plain_json() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from policies.decision import Reason
+from policies.evidence import Reason
 from policies.expressions import Variables
 from policies.model import Policy, RiskTier
 from policies.risk import assess, stage_applies

@@ -1,0 +1,112 @@
+"""What judges spent, and what each layer of the cascade did: each operation one function of a connection."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from datetime import date, datetime
+from math import ceil
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, func, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from gateway.records import Economics, Layer, Spend, TaskState
+from gateway.store.rows import micros, moment
+from gateway.store.schema import decisions, spending, tasks
+
+_MICROSECONDS_PER_MINUTE = 60e6
+
+
+def spend(connection: Connection, spends: Iterable[Spend], *, abandoned: bool) -> None:
+    """Add to the accounts, always in the same order, so that two transactions never wait for each other."""
+    sums: dict[tuple[str, str, str], float] = defaultdict(float)
+    for each in spends:
+        sums[each.day.isoformat(), each.policy, each.stage] += each.usd
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    for (day, policy, stage), usd in sorted(sums.items()):
+        new = insert(spending).values(
+            day=day, policy=policy, stage=stage, usd=usd, abandoned_usd=usd if abandoned else 0.0
+        )
+        added = {name: spending.c[name] + new.excluded[name] for name in ("usd", "abandoned_usd")}
+        connection.execute(
+            new.on_conflict_do_update(index_elements=list(spending.primary_key), set_=added)
+        )
+
+
+def spent(connection: Connection, day: date) -> dict[tuple[str, str], float]:
+    """The accounts of a day by policy and stage."""
+    query = select(spending.c.policy, spending.c.stage, spending.c.usd)
+    rows = connection.execute(query.where(spending.c.day == day.isoformat()))
+    return {(policy, stage): usd for policy, stage, usd in rows}
+
+
+def since(connection: Connection, at: datetime) -> Economics:
+    """What each layer did since then; reads indexes only."""
+    at_us = micros(at)
+    taken = decisions.c.created_at >= at_us
+    asked = taken & decisions.c.judge_ms.is_not(None)
+    resolved = (tasks.c.resolved_at >= at_us) & (tasks.c.state == TaskState.RESOLVED.value)
+    total = _one(connection, func.count(), taken)
+    worked_us = _one(connection, func.sum(tasks.c.worked_us), resolved) or 0
+    abandoned = select(func.sum(spending.c.abandoned_usd)).where(
+        spending.c.day >= moment(at_us).date().isoformat()
+    )
+    layers = (
+        _layer(connection, "rules", decisions.c.rules_ms, taken),
+        _layer(connection, "judge", decisions.c.judge_ms, asked, usd=decisions.c.judge_usd),
+        _layer(
+            connection,
+            "person",
+            (tasks.c.resolved_at - tasks.c.created_at) / 1000.0,
+            resolved,
+            unknown=tasks.c.worked_us.is_(None),
+        ),
+    )
+    return Economics(
+        decisions=total,
+        layers=layers,
+        person_minutes=float(worked_us) / _MICROSECONDS_PER_MINUTE,
+        abandoned_usd=connection.scalar(abandoned) or 0.0,
+    )
+
+
+def _layer(
+    connection: Connection,
+    name: str,
+    latency_ms: ColumnElement[Any],
+    where: ColumnElement[bool],
+    *,
+    usd: ColumnElement[Any] | None = None,
+    unknown: ColumnElement[bool] | None = None,
+) -> Layer:
+    if usd is not None:
+        unknown = usd.is_(None)
+    requests = _one(connection, func.count(), where)
+    return Layer(
+        name=name,
+        requests=requests,
+        usd=0.0 if usd is None else _one(connection, func.sum(usd), where) or 0.0,
+        unknown=0 if unknown is None else _one(connection, func.count(), where & unknown),
+        latency_p50_ms=_rank(connection, latency_ms, where, 0.5, requests),
+        latency_p95_ms=_rank(connection, latency_ms, where, 0.95, requests),
+    )
+
+
+def _one(connection: Connection, value: ColumnElement[Any], where: ColumnElement[bool]) -> Any:
+    return connection.scalar(select(value).where(where))
+
+
+def _rank(
+    connection: Connection,
+    value: ColumnElement[Any],
+    where: ColumnElement[bool],
+    share: float,
+    count: int,
+) -> float | None:
+    """The value below or at which that share of all lies (nearest rank); the same on every engine."""
+    if not count:
+        return None
+    place = max(ceil(share * count) - 1, 0)
+    found = select(value).where(where).order_by(value).offset(place).limit(1)
+    return float(connection.scalar(found) or 0.0)
