@@ -262,6 +262,7 @@ ROUTES: list[tuple[str, str, set[str]]] = [
     ("GET", "/v1/files", {"client"}),
     ("GET", "/v1/chat/completions/{decision}", {"client"}),
     ("GET", "/decisions/{decision}", {"client", "reviewer"}),
+    ("GET", "/admin/economics", set()),
     ("GET", "/review/queue", {"reviewer"}),
     ("GET", "/review/{task}", {"reviewer"}),
     ("POST", "/review/{task}/claim", {"reviewer"}),
