@@ -12,7 +12,7 @@ from pydantic import Field, JsonValue, PrivateAttr, model_validator
 
 from judges.base import Judge, ModelCall, ModelReply, VerdictError
 from judges.fence import CLOSING, OPENING, fenced
-from judges.precheck import SHOWN, precheck
+from judges.precheck import SHOWN, precheck, prepare
 from judges.verdict import NONCE, WHY, Method, Question, Verdict, read_verdict, reply_schema
 from validators import JSON, CheckResult, Exchange, Finding, Opinion, Outcome
 
@@ -103,6 +103,12 @@ class Asking(Judge):
             raise ValueError("votes is for method: votes; write that too, or leave votes out")
         if fixed := sorted(_FIXED & self.parameters.keys()):
             raise ValueError(f"parameters cannot set {fixed[0]}: the judge does; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _is_ready(self) -> Self:
+        if self.precheck:
+            prepare()
         return self
 
     @property

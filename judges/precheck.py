@@ -16,6 +16,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from operator import eq
 
 from judges.lures import PARTS, rules
@@ -23,8 +24,6 @@ from validators import MAX_FINDINGS, Choice, Finding, Passage, Target
 from validators.normalise import View
 from validators.scan import Rule, Scanner
 
-_SCANNER = Scanner(list(rules()))
-_PARTS = Scanner([Rule(name, f"(?i){pattern}", "", "") for name, pattern in PARTS.items()])
 #: The end of a sentence; a run of marks is entered at its first only.
 _SENTENCE = re.compile(r"(?<![.!?。！？])[.!?。！？]++\s++|\n++|[。！？]")
 _JSON_VERDICTS = frozenset({"json", "json_score", "label"})
@@ -65,6 +64,22 @@ _MAX_PERIOD = 16
 _MAX_OPENING_CHARS = 400
 
 
+@cache
+def _scanner() -> Scanner:
+    return Scanner(list(rules()))
+
+
+@cache
+def _parts() -> Scanner:
+    return Scanner([Rule(name, f"(?i){pattern}", "", "") for name, pattern in PARTS.items()])
+
+
+def prepare() -> None:
+    """Compile the rules, so that the first answer does not wait for that: 13 MiB, which only those with judges need."""
+    _scanner()
+    _parts()
+
+
 #: What of an answer a judge is shown.
 SHOWN = (Target.TEXT, Target.REFUSAL, Target.TOOL_ARGUMENTS)
 
@@ -87,7 +102,7 @@ def _of(choice: Choice) -> Iterator[Finding]:
     for passage in choice.passages(SHOWN):
         # Where the application asked for JSON, a verdict in it may be what it asked for.
         allowed = _JSON_VERDICTS if passage.is_json() else ()
-        for finding in (*_SCANNER.findings([passage]), *_urging(passage), *_in_disguise(passage)):
+        for finding in (*_scanner().findings([passage]), *_urging(passage), *_in_disguise(passage)):
             if finding.rule not in allowed:
                 yield finding
     if not choice.tool_calls and not choice.refusals:
@@ -98,12 +113,13 @@ def _of(choice: Choice) -> Iterator[Finding]:
 
 def _urging(passage: Passage) -> Iterator[Finding]:
     """Where a sentence, or two in a row, hold the parts of a message to a grader, however it is worded."""
+    parts = _parts()
     view = passage.views()[-1]
     ends = [match.end() for match in _SENTENCE.finditer(view.text)]
     start, before, earlier = 0, 0, frozenset[str]()
     for end in (*ends, len(view.text)):
         sentence = View(view.text[start:end])
-        said = frozenset(_PARTS.rules[index].name for index in _PARTS.matching(sentence))
+        said = frozenset(parts.rules[index].name for index in parts.matching(sentence))
         if said and _urges(said, earlier):
             span = view.original(before if earlier else start, end)
             yield Finding(passage.path, "speaks to whoever grades it", span, rule="urging")
@@ -144,7 +160,7 @@ def _in_disguise(passage: Passage) -> Iterator[Finding]:
 
 
 def _found(path: str, text: str) -> Iterator[tuple[Finding, int, int]]:
-    for finding in _SCANNER.findings([Passage(path, text)]):
+    for finding in _scanner().findings([Passage(path, text)]):
         start, end = finding.span or (0, len(text))
         yield replace(finding, path=path), start, end
 

@@ -92,6 +92,9 @@ def told() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- what is to be measured
 
 
+_ID = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
 def named_judge(
     settings: Settings,
     *,
@@ -110,7 +113,7 @@ def named_judge(
     """
     if rubric and model and not (policy or check):
         found = {
-            "id": "judge",
+            "id": rubric.stem if _ID.fullmatch(rubric.stem) else "judge",
             "use": "rubric",
             "rubric": rubric.name,
             "model": model,

@@ -34,7 +34,8 @@ def holdgate(
     return subprocess.run(
         [sys.executable, "-m", "gateway.cli", *arguments],
         cwd=cwd,
-        env={**os.environ, **(env or {})},
+        # Line editing in the process that runs the tests may have set a width.
+        env={key: value for key, value in os.environ.items() if key != "COLUMNS"} | dict(env or {}),
         capture_output=True,
         text=True,
         timeout=90,
