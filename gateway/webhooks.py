@@ -183,7 +183,10 @@ class Webhooks:
             task = await self._store.task(delivery.subject)
             data = {"task": delivery.subject} if task is None else _facts(task, delivery.kind)
         else:
+            alarm = await self._store.alarm(delivery.subject)
             data = {"id": delivery.subject}
+            if alarm is not None:
+                data |= {"policy": alarm.policy, "kind": alarm.kind}
         event = {"type": delivery.kind, "timestamp": delivery.at, "data": data}
         return orjson.dumps(event).decode()
 

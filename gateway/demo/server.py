@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import hashlib
 import signal
 import struct
@@ -33,9 +34,11 @@ from gateway.demo.payload import (
 )
 from gateway.demo.scenarios import MODEL, OTHERWISE, script_for
 from gateway.demo.script import Script, ScriptError, turns
-from gateway.demo.speech import Ask, Object
+from gateway.demo.speech import MAX_TOP_LOGPROBS, Ask, Object
 
-MODELS = (MODEL, "demo-small", "no-logprobs-1", "gpt-4o-mini", "text-embedding-3-small")
+#: The model that is real: a transformer that reads orders; see `gateway.demo.orders`.
+ORDERS = "orders"
+MODELS = (MODEL, ORDERS, "demo-small", "no-logprobs-1", "gpt-4o-mini", "text-embedding-3-small")
 MAX_BODY_BYTES = 256 * 2**20
 MAX_CALLS = 200
 MAX_COUNTERS = 10_000
@@ -144,7 +147,7 @@ class _Upstream:
         async def handle(request: web.Request) -> web.StreamResponse:
             raw = await _body(request)
             body = _parsed(raw, endpoint.required)
-            script = self._script(body)
+            script = _written(body) if body.get("model") == ORDERS else self._script(body)
             if script.echo:
                 script = script.model_copy(update={"text": _received(request, body)})
             await asyncio.sleep(script.delay_ms / 1000)
@@ -168,6 +171,33 @@ class _Upstream:
                 self.counters.popitem(last=False)
         script = script.attempt(later)
         return question.answered(script) if question else script
+
+
+@functools.cache
+def _orders() -> Any:
+    try:
+        from gateway.demo.orders import Model  # noqa: PLC0415 - needs the extra `analysis`
+    except ModuleNotFoundError as error:
+        message = f"The model '{ORDERS}' needs {error.name}: install holdgate[analysis]."
+        raise ApiError(503, message, param="model") from error
+    return Model()
+
+
+def _written(body: Mapping[str, Any]) -> Script:
+    """What the model of orders writes to the newest message of a user."""
+    said = [turn.text for turn in turns(body) if turn.speaker == "user"]
+    wanted = body.get("top_logprobs", body.get("logprobs"))
+    top = min(max(wanted, 0), MAX_TOP_LOGPROBS) if isinstance(wanted, int) else 0
+    entries = [_entry(token) for token in _orders().answer(said[-1] if said else "", top)]
+    return Script(logprobs=tuple(entries))
+
+
+def _entry(token: Any) -> dict[str, Any]:
+    def told(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "bytes": list(text.encode()), "logprob": round(logprob, 8)}
+
+    tops = [told(*option) for option in token.top]
+    return told(token.text, token.logprob) | {"top_logprobs": tops}
 
 
 # ------------------------------------------------------------------------------------------ sending

@@ -165,7 +165,7 @@ class Ask:
     def _say(self, index: int, *, logprobs: bool, top: int) -> Said:
         script = self.script
         content: Any = self._text(index)
-        tokens = _slices(content) if script.fault == "huge" else tokenize(content or "")
+        tokens = self._tokens(content)
         refusal = tokenize(script.refusal or "")
         calls = tuple(
             Call(f"call_{self.suffix}{index}{place}", call.name, call.text)
@@ -194,6 +194,15 @@ class Ask:
             steps=tuple(steps),
             logprobs=entries or None,
         )
+
+    def _tokens(self, content: str | None) -> list[Token]:
+        script = self.script
+        if script.fault == "huge":
+            return _slices(content or "")
+        if isinstance(script.logprobs, tuple) and script.text is None and not script.texts:
+            written = [str(entry.get("token", "")) for entry in script.logprobs]
+            return [Token(each, each, each.encode()) for each in written]
+        return tokenize(content or "")
 
     def _text(self, index: int) -> str | None:
         script = self.script

@@ -17,7 +17,7 @@ from aiohttp import web
 from sqlalchemy import insert
 from standardwebhooks import Webhook
 
-from gateway.records import TaskKind, Verdict
+from gateway.records import Alarm, Standing, TaskKind, Verdict
 from gateway.settings import Settings, load_settings
 from gateway.store import SqlStore, open_store
 from gateway.store.engines import Engine
@@ -360,6 +360,19 @@ async def test_webhook_gets_only_the_kinds_it_asked_for(store: SqlStore, tmp_pat
             await store.resolve(a_resolution(task_id))
             await desk.round()
     assert [post.event["type"] for post in receiver.posts] == ["task.settled"]
+
+
+async def test_alarm_is_told_with_its_policy_and_kind(store: SqlStore, tmp_path: Path) -> None:
+    at = a_clock().now()
+    alarm = Alarm("hga_1", at, "refunds", "drift.confidence", "CANARY", {"psi": 0.4})
+    standing = Standing("refunds", 1, at, "tightened")
+    async with a_receiver() as receiver:
+        hook = {"url": receiver.url, "events": ["alarm.raised"]}
+        async with a_desk(store, settings_for(tmp_path, hook)) as desk:
+            assert await store.put_standing(standing, [alarm])
+            await desk.round()
+    (post,) = receiver.posts
+    assert post.event["data"] == {"id": "hga_1", "policy": "refunds", "kind": "drift.confidence"}
 
 
 async def test_what_is_older_than_all_retries_is_dropped(
