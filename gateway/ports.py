@@ -9,13 +9,17 @@ from typing import Protocol, Self
 
 from gateway.errors import UpstreamError
 from gateway.records import (
+    Alarm,
     ApiKey,
     DecisionRecord,
     Economics,
+    Label,
     LabelledDecision,
+    NewLabel,
     NewTask,
     Resolution,
     Spend,
+    Standing,
     TaskRecord,
     TaskState,
 )
@@ -103,8 +107,45 @@ class Store(Protocol):
     async def settled(self, task_ids: Sequence[str]) -> Mapping[str, TaskState]:
         """Which of these tasks are terminal."""
 
+    async def label(self, labels: Sequence[NewLabel]) -> int:
+        """Store what people say of responses with audit entries, all of it or nothing; how much of it is new.
+
+        What its labeller said last of the same decision, from the same source, is not stored again. Raises `NotFound` whose
+        `extra["decisions"]` are the ids that name no decision.
+        """
+
+    async def labels_after(self, policy: str, seq: int, limit: int) -> Sequence[Label]:
+        """The labels of a policy (its name) after the one with that number, oldest first."""
+
+    async def labels_since(self, at: datetime) -> Sequence[Label]:
+        """The labels given since then, oldest first."""
+
     async def labelled(self, after: str, limit: int) -> Sequence[LabelledDecision]:
-        """Decisions that people have judged, in order of their tasks' ids, those after the given id ("" for the first)."""
+        """Decisions that were judged, each with its labels reduced to one, in order of their ids.
+
+        Those after the given decision id ("" for the first).
+        """
+
+    async def standings(self) -> Sequence[Standing]:
+        """Where every policy stands of which that is stored, without what the monitors remember."""
+
+    async def standing(self, policy: str) -> Standing | None:
+        """Where a policy (its name) stands, with what the monitors remember; None if nothing is stored."""
+
+    async def put_standing(
+        self, standing: Standing, raised: Sequence[Alarm] = (), *, clear: bool = False
+    ) -> bool:
+        """Store a standing, with audit entry and outbox row for each alarm raised; `clear` the policy's open alarms before.
+
+        Only if `version` is one more than what is stored (0 where nothing is): False if somebody was first, and then nothing
+        is stored.
+        """
+
+    async def alarm(self, alarm_id: str) -> Alarm | None:
+        """The alarm with that id."""
+
+    async def open_alarms(self) -> Sequence[Alarm]:
+        """The alarms that are not cleared, by policy and kind."""
 
     async def erase_due(self, now: datetime, limit: int) -> int:
         """Erase contents whose time has come; return how many decisions were touched."""

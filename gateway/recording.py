@@ -195,6 +195,9 @@ def _decision(
         if answer and decision.action is Action.HOLD
         else {},
         effort=outcome.judgement.effort,
+        intended=decision.intended,
+        inclusion=decision.inclusion,
+        inclusion_floor=decision.inclusion_floor,
     )
 
 

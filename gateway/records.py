@@ -35,6 +35,18 @@ class Verdict(StrEnum):
     REJECT = "reject"
 
 
+class LabelSource(StrEnum):
+    """Who says whether a response was acceptable, and why they were asked.
+
+    A reviewer of a held or flagged response, a reviewer of an audit, the application that got the response, or a file.
+    """
+
+    REVIEW = "review"
+    AUDIT = "audit"
+    FEEDBACK = "feedback"
+    IMPORT = "import"
+
+
 class Role(StrEnum):
     """What an API key may do; each role may do what the ones before it may, except that reviewers and clients differ."""
 
@@ -74,7 +86,9 @@ class DecisionRecord:
     `request` and `response` are the original JSON bodies (a stream is stored as the equivalent non-stream body); either is
     None where the policy keeps no content, or after erasure. `detail` is the whole `policies.decision.Decision` and the
     evidence as JSON. `fingerprint` identifies the same call made again (key, idempotency key or body). `status` is the
-    upstream's HTTP status, 0 if there was no response.
+    upstream's HTTP status, 0 if there was no response. `intended` is the action that enforce mode takes, None if it is not
+    known. `inclusion` is the probability with which the response was to be reviewed, `inclusion_floor` the lowest that any
+    response of the policy had at the time; 0 if nobody was to review any.
     """
 
     id: str
@@ -101,6 +115,9 @@ class DecisionRecord:
     response: bytes | None = None
     response_headers: dict[str, str] = field(default_factory=dict)
     effort: Effort = field(default_factory=Effort)
+    intended: Action | None = None
+    inclusion: float = 0.0
+    inclusion_floor: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +196,8 @@ class Economics:
 class Resolution:
     """A reviewer's decision on a task, to be applied only if the task is still at `version` and not terminal.
 
-    A live claim by somebody else refuses it; no claim at all does not.
+    A live claim by somebody else refuses it; no claim at all does not. `blind` says that the reviewer saw neither confidence nor
+    verdicts.
     """
 
     task_id: str
@@ -190,19 +208,98 @@ class Resolution:
     reason: str | None = None
     comment: str | None = None
     correction: bytes | None = None
+    blind: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NewLabel:
+    """What somebody says of a response: whether it was acceptable as it was.
+
+    `weight` in (0, 1] is the trust in it. `inclusion` in (0, 1] is the probability with which the response came to be judged;
+    None stands for that of its review task, and without one it is not known: nobody drew it. `blind` says that the labeller
+    saw neither confidence nor verdicts. `task_id` is the task that was resolved with it.
+    """
+
+    decision_id: str
+    at: datetime
+    source: LabelSource
+    labeller: str
+    acceptable: bool
+    weight: float = 1.0
+    inclusion: float | None = None
+    blind: bool = False
+    comment: str | None = None
+    task_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Label(NewLabel):
+    """A label as it is stored, with what its decision says; `seq` grows with every label.
+
+    `inclusion_floor` in (0, `inclusion`] is known when `inclusion` is. `policy` is the name alone. `intended` is the action
+    that enforce mode takes.
+    """
+
+    seq: int = 0
+    inclusion_floor: float | None = None
+    policy: str = ""
+    intended: Action = Action.RETURN
+    risk: RiskTier = RiskTier.MEDIUM
+    confidence: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledDecision:
-    """A decision that a person has judged: whether the response was acceptable as it was.
+    """A decision that was judged, its labels reduced to one as `gateway.labels.reduced` does.
 
-    `inclusion` is the probability in (0, 1] with which it came to be reviewed.
+    `source`, `labeller`, `at` and `blind` are those of the label that counts most; `labels` is how many labellers there are.
+    `inclusion` in (0, 1] is the probability with which it came to be judged; None if that is not known, because an
+    application or a file chose it. `weight` in (0, 1] is the trust in the label: less than 1 where labellers differ.
     """
 
-    task_id: str
     decision: DecisionRecord
     acceptable: bool
-    inclusion: float
+    inclusion: float | None
+    source: LabelSource
+    labeller: str
+    at: datetime
+    weight: float = 1.0
+    blind: bool = False
+    labels: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Something that a monitor found about a policy; open until somebody, or a new artefact, clears it.
+
+    `kind` is the monitor's, such as `drift.confidence`; `evidence` its figures.
+    """
+
+    id: str
+    at: datetime
+    policy: str
+    kind: str
+    message: str
+    evidence: dict[str, JSON]
+    cleared_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a policy stands: how much it is audited, and whether its calibrator may be believed.
+
+    `suspended` says why it may not be, None if it may; `artefact` is the one that is meant, so that another is not.
+    `memory` is what the monitors remember, as JSON. `version` grows by one with every change and is what compare-and-set
+    compares; 0 is a policy of which nothing is stored.
+    """
+
+    policy: str
+    version: int
+    at: datetime
+    audit_level: str
+    suspended: str | None = None
+    artefact: str | None = None
+    memory: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

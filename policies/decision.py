@@ -9,8 +9,9 @@ from typing import cast
 
 import orjson
 
+from policies.auditing import AuditLevel, audit_floor, audit_rate, stops
 from policies.evidence import ConfidenceSource, Estimate, Evidence, Reason
-from policies.model import Action, AnyCheck, Band, Mode, Policy, RiskTier, Stage
+from policies.model import Action, AnyCheck, Band, Cell, Mode, Policy, RiskTier, Stage
 from policies.risk import RiskAssessment
 from policies.thresholds import band
 from validators import (
@@ -43,7 +44,8 @@ class Decision:
     attempt instead (then `action` is what applies if no attempt is left). `confidence` is None
     unless a fitting calibrator exists. `audit` is true if the response is returned and sampled for
     review, drawn with probability `inclusion`; for flag and hold `inclusion` is 1, for block 0:
-    nobody reviews it. `redactions` are the findings whose spans are to be replaced in what is
+    nobody reviews it. `inclusion_floor` is the least probability with which any response of the
+    policy was audited at the time. `redactions` are the findings whose spans are to be replaced in what is
     delivered.
     """
 
@@ -61,6 +63,7 @@ class Decision:
     regenerate: bool
     redactions: tuple[Finding, ...]
     reasons: tuple[Reason, ...]
+    inclusion_floor: float = 0.0
 
 
 def most_severe(actions: Iterable[Action | None]) -> Action:
@@ -77,6 +80,7 @@ def decide(
     estimate: Estimate,
     draw: float,
     attempts_left: int,
+    level: AuditLevel = AuditLevel.NORMAL,
 ) -> Decision:
     """The decision on a response: the most severe action that any reason demands.
 
@@ -84,18 +88,22 @@ def decide(
     a stage that was not skipped and has no result counts as one that could not run.
 
     In observe mode nothing is enforced: the action is return, nothing is redacted or asked for
-    again, and what would have been flagged, held or blocked is only sampled, at `audit.rate`.
+    again, and what would have been flagged, held or blocked is only sampled, at the policy's rate.
 
-    `draw` in [0, 1) is a random number: a returned response is sampled for audit if it is below the
+    `level` is how closely the policy is audited (`policies.auditing`). `draw` in [0, 1) is a random number: a returned response is sampled for audit if it is below the
     rate. `attempts_left` >= 0 says how often the model may still be asked again.
     """
     verdicts = tuple(_verdicts(policy, evidence))
-    where, why, cell_audit = _matrix(policy, risk.tier, estimate)
-    demands = (*_check_reasons(policy, verdicts, evidence, risk.tier), why)
+    where, why, cell = _matrix(policy, risk.tier, estimate)
+    demands = (
+        *_check_reasons(policy, verdicts, evidence, risk.tier),
+        why,
+        *_audited(policy, level),
+    )
     intended = most_severe(reason.action for reason in demands)
     observed = policy.mode is Mode.OBSERVE
     action = Action.RETURN if observed else intended
-    rate = cell_audit if intended is Action.RETURN and cell_audit is not None else policy.audit.rate
+    rate = audit_rate(policy, level, cell if intended is Action.RETURN else None)
     inclusion = _INCLUSION.get(action, rate)
     audit = action is Action.RETURN and draw < inclusion
     again = action is not Action.BLOCK and attempts_left > 0 and _wants_another(verdicts)
@@ -116,6 +124,7 @@ def decide(
         calibrator=estimate.calibrator,
         audit=audit,
         inclusion=inclusion,
+        inclusion_floor=audit_floor(policy, level),
         regenerate=again and not observed,
         redactions=() if observed else _redactions(verdicts),
         reasons=(*risk.reasons, *evidence.skipped, *evidence.notes, *demands, *remarks),
@@ -257,19 +266,23 @@ def _redactions(verdicts: Iterable[Verdict]) -> tuple[Finding, ...]:
     )
 
 
-def _matrix(
-    policy: Policy, tier: RiskTier, estimate: Estimate
-) -> tuple[Band | None, Reason, float | None]:
-    """The band, what the matrix demands, and the audit rate the cell names."""
+def _audited(policy: Policy, level: AuditLevel) -> Iterator[Reason]:
+    if (action := stops(policy, level)) is not None:
+        message = "too many audits have failed: every response waits for a person"
+        yield Reason("audit", message, action)
+
+
+def _matrix(policy: Policy, tier: RiskTier, estimate: Estimate) -> tuple[Band | None, Reason, Cell]:
+    """The band, what the matrix demands, and its cell."""
     row = policy.matrix.of(tier)
     if estimate.confidence is not None:
         where = band(estimate.confidence, policy.thresholds, tier)
         cell = row.of(where)
         message = f"tier {tier}, confidence {estimate.confidence:.3f} is {where}"
-        return where, Reason("matrix", message, cell.action), cell.audit
+        return where, Reason("matrix", message, cell.action), cell
     asked = Action(policy.confidence.when_uncalibrated)
     action = most_severe((asked, row.confident.action))
     message = f"no confidence, {estimate.uncalibrated}: {asked} when uncalibrated"
     if action is not asked:
         message += f", but {action} is the least for tier {tier}"
-    return None, Reason("confidence", message, action), row.confident.audit
+    return None, Reason("confidence", message, action), row.confident

@@ -16,7 +16,8 @@ from validators import CheckResult
 class Reason:
     """What spoke, what it says, and the action it demands (None if it only explains).
 
-    `source` is `check:<id>`, `stage:<name>`, `matrix`, `risk`, `confidence`, `regenerate`, `mode`.
+    `source` is `check:<id>`, `stage:<name>`, `matrix`, `risk`, `confidence`, `audit`, `regenerate`,
+    `mode`.
     """
 
     source: str

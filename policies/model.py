@@ -277,6 +277,17 @@ class Matrix(Document):
         row: Row = getattr(self, tier.value)
         return row
 
+    @cached_property
+    def returning(self) -> tuple[Cell, ...]:
+        """The cells that return a response and name a rate of audits of their own, each rate once."""
+        cells = {
+            cell.audit: cell
+            for tier in RiskTier
+            for cell in map(self.of(tier).of, Band)
+            if cell.action is Action.RETURN and cell.audit is not None
+        }
+        return tuple(cells.values())
+
 
 class Regenerate(Document):
     """How often a response that fails `on_fail: regenerate` is asked for again before a hold."""
@@ -298,10 +309,32 @@ class Hold(Document):
     as_: Literal["error", "placeholder"] = Field(default="error", alias="as")
 
 
+class Adaptive(Document):
+    """An audit rate that follows what audits find.
+
+    `max` while little is known or quality has dropped, `audit.rate` once it is in order, `min` when it is proven. `target` is
+    the share of wrong responses among those returned that the policy means to keep to.
+    """
+
+    min: Annotated[Probability, Field(gt=0)]
+    max: Annotated[Probability, Field(gt=0)]
+    target: Annotated[float, Field(gt=0, le=0.5)] = 0.02
+
+
 class Audit(Document):
     """Share of returned responses that is sampled for review after the fact."""
 
     rate: Probability = 0.0
+    adaptive: Adaptive | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Audit:
+        if self.adaptive is not None and not self.adaptive.min <= self.rate <= self.adaptive.max:
+            raise ValueError(
+                f"rate ({self.rate}) must lie between adaptive.min ({self.adaptive.min}) and "
+                f"adaptive.max ({self.adaptive.max})"
+            )
+        return self
 
 
 class Policy(Document):

@@ -200,7 +200,7 @@ async def reviewed_cases(store: Store) -> tuple[list[Case], int]:
     cases: list[Case] = []
     empty, after = 0, ""
     while found := await store.labelled(after, _AT_ONCE):
-        after = found[-1].task_id
+        after = found[-1].decision.id
         for each in found:
             case = _reviewed(each)
             if case is None:

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, Dialect, Select, Table, insert, select, update
 
 from gateway.errors import Conflict, NotFound
-from gateway.records import ApiKey, DecisionRecord, LabelledDecision
+from gateway.records import ApiKey, DecisionRecord
 from gateway.store import economics
 from gateway.store.rows import (
     Entry,
@@ -21,7 +21,7 @@ from gateway.store.rows import (
     micros,
     text,
 )
-from gateway.store.schema import api_keys, audit_entries, decisions, labels, outbox, reviews, tasks
+from gateway.store.schema import api_keys, audit_entries, decisions, outbox, reviews, tasks
 
 _KEPT = select(*(column for column in decisions.c if not column.name.startswith("redacted_")))
 
@@ -79,14 +79,10 @@ def _first(connection: Connection, query: Select[Any]) -> DecisionRecord | None:
     return None if row is None else decision_record(row)
 
 
-def labelled(connection: Connection, after: str, limit: int) -> list[LabelledDecision]:
-    """Decisions with the labels that people gave them, by task id, those after the given one."""
-    judged = _KEPT.add_columns(labels.c.task_id, labels.c.acceptable, labels.c.inclusion)
-    query = judged.join_from(labels, decisions).where(labels.c.task_id > after)
-    return [
-        LabelledDecision(row["task_id"], decision_record(row), row["acceptable"], row["inclusion"])
-        for row in connection.execute(query.order_by(labels.c.task_id).limit(limit)).mappings()
-    ]
+def with_ids(connection: Connection, decision_ids: Sequence[str]) -> dict[str, DecisionRecord]:
+    """Those of these decisions that there are, by id."""
+    rows = connection.execute(_KEPT.where(decisions.c.id.in_(decision_ids))).mappings()
+    return {row["id"]: decision_record(row) for row in rows}
 
 
 def to_erase(connection: Connection, now: datetime, limit: int) -> list[str]:

@@ -14,12 +14,16 @@ import zstandard
 from sqlalchemy import RowMapping
 
 from gateway.records import (
+    Alarm,
     ApiKey,
     DecisionRecord,
     Effort,
+    Label,
+    LabelSource,
     NewTask,
     Role,
     Spend,
+    Standing,
     TaskKind,
     TaskRecord,
     TaskState,
@@ -78,12 +82,14 @@ def unpack(frame: bytes | None) -> bytes | None:
     return None if frame is None else _zstd.decompress(frame)
 
 
-def _pack_json(value: Mapping[str, Any]) -> bytes:
+def pack_json(value: Mapping[str, Any]) -> bytes:
+    """The value as JSON, in a zstd frame if it is long."""
     data = orjson.dumps(value)
     return data if len(data) <= _PLAIN_BYTES else _zstd.compress(data)
 
 
-def _unpack_json(data: bytes) -> Any:
+def unpack_json(data: bytes) -> Any:
+    """The value that was packed."""
     return orjson.loads(_zstd.decompress(data) if data.startswith(_FRAME) else data)
 
 
@@ -152,18 +158,21 @@ def _decision_row(record: DecisionRecord, created_at: int, erasure: Erasure | No
         record.streamed,
         record.latency_ms,
         record.overhead_ms,
-        _pack_json(record.detail),
+        pack_json(record.detail),
         record.request_digest,
         record.response_digest,
         pack(record.request),
         pack(record.response),
-        _pack_json(record.response_headers),
+        pack_json(record.response_headers),
         erasure and micros(erasure.at),
         erasure and pack(erasure.request),
         erasure and pack(erasure.response),
         record.effort.rules_ms,
         record.effort.judge_ms,
         record.effort.judge_usd,
+        record.intended and record.intended.value,
+        record.inclusion,
+        record.inclusion_floor,
     )
 
 
@@ -210,13 +219,16 @@ def decision_record(row: RowMapping) -> DecisionRecord:
         streamed=row["streamed"],
         latency_ms=row["latency_ms"],
         overhead_ms=row["overhead_ms"],
-        detail=_unpack_json(row["detail"]),
+        detail=unpack_json(row["detail"]),
         request_digest=row["request_digest"],
         response_digest=row["response_digest"],
         request=unpack(row["request"]),
         response=unpack(row["response"]),
-        response_headers=_unpack_json(row["response_headers"]),
+        response_headers=unpack_json(row["response_headers"]),
         effort=Effort(row["rules_ms"] or 0.0, row["judge_ms"], row["judge_usd"]),
+        intended=row["intended"] and Action(row["intended"]),
+        inclusion=row["inclusion"] or 0.0,
+        inclusion_floor=row["inclusion_floor"] or 0.0,
     )
 
 
@@ -244,6 +256,54 @@ def task_record(row: RowMapping) -> TaskRecord:
         comment=row["comment"],
         correction=unpack(row["correction"]),
         worked_s=None if row["worked_us"] is None else row["worked_us"] / 1e6,
+    )
+
+
+def label_record(row: RowMapping) -> Label:
+    """The label of a row of `labels`."""
+    return Label(
+        decision_id=row["decision_id"],
+        at=moment(row["at"]),
+        source=LabelSource(row["source"]),
+        labeller=row["labeller"],
+        acceptable=row["acceptable"],
+        weight=row["weight"],
+        inclusion=row["inclusion"],
+        blind=row["blind"],
+        comment=row["comment"],
+        task_id=row["task_id"],
+        seq=row["seq"],
+        inclusion_floor=row["inclusion_floor"],
+        policy=row["policy"],
+        intended=Action(row["intended"]),
+        risk=RiskTier(row["risk"]),
+        confidence=row["confidence"],
+    )
+
+
+def alarm_record(row: RowMapping) -> Alarm:
+    """The alarm of a row of `alarms`."""
+    return Alarm(
+        id=row["id"],
+        at=moment(row["at"]),
+        policy=row["policy"],
+        kind=row["kind"],
+        message=row["message"],
+        evidence=unpack_json(row["evidence"]),
+        cleared_at=_moment_or_none(row["cleared_at"]),
+    )
+
+
+def standing_record(row: RowMapping) -> Standing:
+    """The standing of a row of `standings`."""
+    return Standing(
+        policy=row["policy"],
+        version=row["version"],
+        at=moment(row["at"]),
+        audit_level=row["audit_level"],
+        suspended=row["suspended"],
+        artefact=row["artefact"],
+        memory=unpack(row["memory"]),
     )
 
 

@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 
 #: The revision this code reads and writes.
-REVISION = "0002"
+REVISION = "0003"
 
 #: `due_at` of a task without a deadline, so that one ascending index serves queue and expiry.
 NEVER = 2**63 - 1
@@ -60,13 +60,18 @@ decisions = Table(
     Column("rules_ms", Double),
     Column("judge_ms", Double),
     Column("judge_usd", Double),
+    Column("intended", Text),
+    Column("inclusion", Double),
+    Column("inclusion_floor", Double),
 )
 # Partial indexes are so on PostgreSQL too (see the revisions); to say it here would load that dialect for everybody, 2 MB.
 Index("ix_decisions_fingerprint", decisions.c.fingerprint, decisions.c.created_at)
-#: Holds all that the economics of a time are computed from, so that no decision has to be read.
+#: Holds all that the economics and the metrics of a time are computed from, so that no decision has to be read.
 Index(
     "ix_decisions_economics",
     decisions.c.created_at,
+    decisions.c.policy,
+    decisions.c.intended,
     decisions.c.rules_ms,
     decisions.c.judge_ms,
     decisions.c.judge_usd,
@@ -152,15 +157,59 @@ reviews = Table(
     Column("correction", LargeBinary),
 )
 
+#: What people say of responses: one row for each time somebody said something, never changed. The latest of a labeller counts.
+#: What monitors and metrics need of the decision is here too, so that no decision has to be read.
 labels = Table(
     "labels",
     metadata,
-    Column("task_id", Text, ForeignKey("tasks.id"), primary_key=True),
+    Column("seq", _Sequence, primary_key=True),
     Column("decision_id", Text, ForeignKey("decisions.id"), nullable=False),
+    Column("task_id", Text, ForeignKey("tasks.id")),
     Column("at", BigInteger, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("labeller", Text, nullable=False),
     Column("acceptable", Boolean, nullable=False),
-    Column("inclusion", Double, nullable=False),
+    Column("weight", Double, nullable=False),
+    Column("inclusion", Double),
+    Column("inclusion_floor", Double),
+    Column("blind", Boolean, nullable=False),
+    Column("comment", Text),
+    Column("policy", Text, nullable=False),
+    Column("intended", Text, nullable=False),
+    Column("risk", Text, nullable=False),
+    Column("confidence", Double),
 )
+Index("ix_labels_decision", labels.c.decision_id, labels.c.seq)
+Index("ix_labels_policy", labels.c.policy, labels.c.seq)
+Index("ix_labels_at", labels.c.at, labels.c.policy)
+
+#: Where each policy stands; `memory` is what its monitors remember, a zstd frame of JSON.
+standings = Table(
+    "standings",
+    metadata,
+    Column("policy", Text, primary_key=True),
+    Column("version", Integer, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("audit_level", Text, nullable=False),
+    Column("suspended", Text),
+    Column("artefact", Text),
+    Column("memory", LargeBinary),
+)
+
+alarms = Table(
+    "alarms",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("policy", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("evidence", LargeBinary, nullable=False),
+    Column("cleared_at", BigInteger),
+)
+_open = alarms.c.cleared_at.is_(None)
+Index("ix_alarms_open", alarms.c.policy, alarms.c.kind, sqlite_where=_open)
+Index("ix_alarms_at", alarms.c.at)
 
 #: What others are to be told, at least once: whoever has delivered a row deletes it.
 outbox = Table(

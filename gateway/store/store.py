@@ -17,17 +17,22 @@ from sqlalchemy.exc import ArgumentError
 
 from gateway.errors import SettingsError, StoreError
 from gateway.records import (
+    Alarm,
     ApiKey,
     DecisionRecord,
     Economics,
+    Label,
     LabelledDecision,
+    NewLabel,
     NewTask,
     Resolution,
     Spend,
+    Standing,
     TaskRecord,
     TaskState,
 )
-from gateway.store import decisions, economics, tasks
+from gateway.store import decisions, economics, standings, tasks
+from gateway.store import labels as labelling
 from gateway.store.engines import Engine, Refused, SqliteEngine
 from gateway.store.migrations import is_current
 from gateway.store.rows import Entry, Erasure, entry
@@ -223,9 +228,47 @@ class SqlStore:
             found |= await self._engine.read(partial(tasks.settled, task_ids=some))
         return found
 
+    async def label(self, labels: Sequence[NewLabel]) -> int:
+        """Store what people say of responses, all of it or nothing; how much of it is new."""
+        return await self._engine.write(partial(labelling.add, given=labels))
+
+    async def labels_after(self, policy: str, seq: int, limit: int) -> Sequence[Label]:
+        """The labels of a policy after the one with that number, oldest first."""
+        return await self._engine.read(
+            partial(labelling.after, policy=policy, seq=seq, limit=limit)
+        )
+
+    async def labels_since(self, at: datetime) -> Sequence[Label]:
+        """The labels given since then, oldest first."""
+        return await self._engine.read(partial(labelling.since, at=at))
+
     async def labelled(self, after: str, limit: int) -> Sequence[LabelledDecision]:
-        """Decisions that people have judged, in order of their tasks' ids, those after the given id ("" for the first)."""
-        return await self._engine.read(partial(decisions.labelled, after=after, limit=limit))
+        """Decisions that were judged, in order of their ids, those after the given id ("" for the first)."""
+        return await self._engine.read(partial(labelling.labelled, after=after, limit=limit))
+
+    async def standings(self) -> Sequence[Standing]:
+        """Where every policy stands, without what the monitors remember."""
+        return await self._engine.read(standings.every)
+
+    async def standing(self, policy: str) -> Standing | None:
+        """Where a policy stands."""
+        return await self._engine.read(partial(standings.of_policy, policy=policy))
+
+    async def put_standing(
+        self, standing: Standing, raised: Sequence[Alarm] = (), *, clear: bool = False
+    ) -> bool:
+        """Store a standing with its alarms if nobody has changed it since; False if somebody has."""
+        return await self._engine.write(
+            partial(standings.put, standing=standing, raised=raised, clear=clear)
+        )
+
+    async def alarm(self, alarm_id: str) -> Alarm | None:
+        """The alarm with that id."""
+        return await self._engine.read(partial(standings.alarm, alarm_id=alarm_id))
+
+    async def open_alarms(self) -> Sequence[Alarm]:
+        """The alarms that are not cleared, by policy and kind."""
+        return await self._engine.read(standings.open_alarms)
 
     async def erase_due(self, now: datetime, limit: int) -> int:
         """Erase contents whose time has come; return how many decisions were touched."""

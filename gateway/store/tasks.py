@@ -14,10 +14,19 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, case, insert, or_, select, update
 
 from gateway.errors import Conflict, NotFound
-from gateway.records import Resolution, TaskRecord, TaskState, Verdict
+from gateway.records import (
+    LabelSource,
+    NewLabel,
+    Resolution,
+    TaskKind,
+    TaskRecord,
+    TaskState,
+    Verdict,
+)
+from gateway.store import labels
 from gateway.store.decisions import log
 from gateway.store.rows import audit_row, micros, pack, task_record, text
-from gateway.store.schema import labels, reviews, tasks
+from gateway.store.schema import reviews, tasks
 from validators import JSON
 
 _UNRESOLVED = tasks.c.resolved_at.is_(None)
@@ -113,7 +122,9 @@ def resolve(connection: Connection, resolution: Resolution) -> TaskRecord:
         worked_us=_worked_us(reviewer, at_us),
         **_UNCLAIMED,
     )
-    resolved = connection.execute(change.returning(tasks.c.decision_id, tasks.c.inclusion)).first()
+    resolved = connection.execute(
+        change.returning(tasks.c.decision_id, tasks.c.kind, tasks.c.inclusion)
+    ).first()
     if resolved is None:
         task = _existing(connection, resolution.task_id)
         changed = f"the task is at version {task.version}, not {resolution.version}; load it again"
@@ -129,15 +140,18 @@ def resolve(connection: Connection, resolution: Resolution) -> TaskRecord:
             correction=pack(resolution.correction),
         )
     )
-    connection.execute(
-        insert(labels).values(
-            task_id=resolution.task_id,
-            decision_id=resolved.decision_id,
-            at=at_us,
-            acceptable=resolution.verdict is Verdict.APPROVE,
-            inclusion=resolved.inclusion,
-        )
+    source = LabelSource.AUDIT if resolved.kind == TaskKind.AUDIT else LabelSource.REVIEW
+    label = NewLabel(
+        decision_id=resolved.decision_id,
+        at=resolution.at,
+        source=source,
+        labeller=reviewer,
+        acceptable=resolution.verdict is Verdict.APPROVE,
+        inclusion=resolved.inclusion,
+        blind=resolution.blind,
+        task_id=resolution.task_id,
     )
+    labels.insert(connection, [label])
     _log_resolution(connection, resolution, resolved.decision_id)
     return _existing(connection, resolution.task_id)
 

@@ -280,9 +280,11 @@ def test_audit_is_drawn_with_the_recorded_probability(
     assert (decision.audit, decision.inclusion, decision.zone) == (audit, inclusion, zone)
 
 
-def test_a_cell_that_names_no_audit_is_not_the_same_as_one_that_names_zero() -> None:
+def test_no_cell_is_left_out_where_the_policy_audits() -> None:
     row = {"confident": {"action": "return", "audit": 0}, "unsure": "flag", "doubtful": "flag"}
     decision = settle(matrix={"low": row}, audit={"rate": 1.0}, draw=0.0)
+    assert (decision.audit, decision.inclusion, decision.inclusion_floor) == (True, 0.01, 0.01)
+    decision = settle(matrix={"low": row}, draw=0.0)
     assert (decision.audit, decision.inclusion) == (False, 0.0)
 
 

@@ -119,10 +119,10 @@ class TestReviews:
         ids = [await self.resolved(store, Verdict.APPROVE) for _ in range(5)]
         await put(store, a_task())
         first = await store.labelled("", 3)
-        rest = await store.labelled(first[-1].task_id, 3)
+        rest = await store.labelled(first[-1].decision.id, 3)
         assert [each.decision.id for each in (*first, *rest)] == ids
         assert {each.inclusion for each in first} == {0.15}
-        assert not await store.labelled(rest[-1].task_id, 3)
+        assert not await store.labelled(rest[-1].decision.id, 3)
 
     async def test_what_people_decided_is_whether_the_answer_was_acceptable(
         self, store: SqlStore

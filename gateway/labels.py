@@ -1,0 +1,122 @@
+"""Labels: what people say of responses, reduced to one a decision, and read from files."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from gateway.records import Label, LabelSource, NewLabel
+
+#: How far what the users of an application say is trusted, beside a reviewer's 1.
+FEEDBACK_WEIGHT = 0.5
+
+MAX_COMMENT = 10_000
+_MAX_LINE = 100_000
+
+
+class LabelError(ValueError):
+    """A file of labels is wrong; a line for each mistake."""
+
+
+def latest(labels: Iterable[Label]) -> list[Label]:
+    """What each labeller last said of each decision, in the order in which it was said."""
+    last = {(each.decision_id, each.labeller): each for each in labels}
+    return sorted(last.values(), key=lambda each: each.seq)
+
+
+def reduced(labels: Sequence[Label]) -> Label:
+    """One label for the n >= 1 labels of a decision.
+
+    What a labeller said last counts, once. The answer is the one with more weight behind it; not acceptable if both have the
+    same. Its weight is the greatest of those behind it times their share of all weight: two who agree count as one, one
+    against two of the same weight leaves 2/3. All else is of the label behind it that weighs most, the earliest of several;
+    the inclusion is that of the first label behind it or against it whose inclusion is known, since that is a matter of the
+    decision and not of the labeller.
+    """
+    said = latest(labels)
+    for_it = sum(each.weight for each in said if each.acceptable)
+    total = sum(each.weight for each in said)
+    acceptable = for_it > total - for_it
+    behind = [each for each in said if each.acceptable is acceptable]
+    first = max(behind, key=lambda each: each.weight)
+    share = sum(each.weight for each in behind) / total
+    drawn = next((each for each in said if each.inclusion is not None), first)
+    return replace(
+        first,
+        weight=first.weight * share,
+        inclusion=drawn.inclusion,
+        inclusion_floor=drawn.inclusion_floor,
+    )
+
+
+def by_decision(labels: Iterable[Label]) -> dict[str, list[Label]]:
+    """The labels of each decision, in the order of the first label of each."""
+    found: dict[str, list[Label]] = defaultdict(list)
+    for each in labels:
+        found[each.decision_id].append(each)
+    return dict(found)
+
+
+class Line(BaseModel):
+    """One line of a file of labels. `id` is a decision's, or the provider's of its response."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    id: Annotated[str, Field(min_length=1, max_length=256)]
+    acceptable: bool
+    labeller: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    weight: Annotated[float, Field(gt=0, le=1)] = 1.0
+    inclusion: Annotated[float, Field(gt=0, le=1)] | None = None
+    blind: bool = False
+    comment: Annotated[str, Field(max_length=MAX_COMMENT)] | None = None
+    at: AwareDatetime | None = None
+
+
+def read_lines(text: str, file: str) -> dict[int, Line]:
+    """The labels of a JSONL file by the number of their line, from 1; empty lines are passed over.
+
+    Raises
+    ------
+    LabelError
+        With every mistake, each with its line, or if there is no label at all.
+    """
+    found: dict[int, Line] = {}
+    mistakes = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        if len(line) > _MAX_LINE:
+            mistakes.append(f"{file}:{number}: longer than {_MAX_LINE} characters")
+            continue
+        try:
+            found[number] = Line.model_validate_json(line)
+        except ValidationError as error:
+            mistakes += [
+                f"{file}:{number}: {'.'.join(map(str, each['loc'])) or 'the line'}: {each['msg']}"
+                for each in error.errors(include_url=False, include_input=False)
+            ]
+    if not found and not mistakes:
+        mistakes = [f"{file}: there is no label in it"]
+    if mistakes:
+        raise LabelError("\n".join(mistakes))
+    return found
+
+
+def imported(line: Line, decision_id: str, labeller: str, now: datetime) -> NewLabel:
+    """The label that a line gives a decision; `labeller` is who is meant where the line names nobody."""
+    return NewLabel(
+        decision_id=decision_id,
+        at=min(line.at or now, now),
+        source=LabelSource.IMPORT,
+        labeller=line.labeller or labeller,
+        acceptable=line.acceptable,
+        weight=line.weight,
+        inclusion=line.inclusion,
+        blind=line.blind,
+        comment=line.comment,
+    )
