@@ -18,7 +18,7 @@ import zstandard
 from numpy.typing import NDArray
 from scipy.special import erf
 
-Floats: TypeAlias = NDArray[np.float32]
+Floats: TypeAlias = NDArray[np.floating[Any]]
 
 _FOLDER = Path(__file__).parent
 _WIDTH, _HEADS, _LAYERS, _CONTEXT = 96, 4, 3, 96
@@ -115,9 +115,9 @@ class Model:
     def _norm(self, name: str, x: Floats) -> Floats:
         centred = x - np.add.reduce(x, -1, keepdims=True) / _WIDTH
         variance: Floats = np.add.reduce(centred * centred, -1, keepdims=True) / _WIDTH
-        deviation: Floats = np.sqrt(variance + _EPSILON)
-        scaled: Floats = centred / deviation
-        return scaled * self._weights[f"{name}.weight"] + self._weights[f"{name}.bias"]
+        scaled: Floats = centred / np.sqrt(variance + _EPSILON) * self._weights[f"{name}.weight"]
+        shifted: Floats = scaled + self._weights[f"{name}.bias"]
+        return shifted
 
 
 class _Cache:
