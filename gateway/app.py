@@ -47,6 +47,7 @@ from gateway.store import open_store
 from gateway.telemetry import Metrics, configure_logs
 from gateway.upstream.routing import Router
 from gateway.verdicts import Verdicts
+from gateway.webhooks import Webhooks
 
 _log = structlog.get_logger()
 
@@ -131,6 +132,8 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
         live = LiveStreams(assessor, recorder, clock, response_bytes=response_bytes)
         stack.push_async_callback(live.drain)
         hold = settings.hold
+        webhooks = Webhooks(store, clock, metrics, settings)
+        stack.push_async_callback(webhooks.close)
         services = Services(
             settings=settings,
             store=store,
@@ -150,23 +153,23 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
             reviews=Reviews(store, bus, clock, room),
             room=room,
         )
-        for work in (room.run(), policies.watch(), spending.run()):
+        for work in (room.run(), policies.watch(), spending.run(), webhooks.run()):
             task = asyncio.create_task(work)
             stack.push_async_callback(_stop, task)
         stack.callback(room.close)
         _on_stop_signal(room.close)
-        # Long-lived objects are never garbage: keeping them out of the collector's way halves the CPU of large bodies.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 50)
-        _give_back_memory()
+        _tidy_memory()
         for problem in policies.current.warnings:
             _log.warning("policy_warning", problem=str(problem))
         yield services
 
 
-def _give_back_memory() -> None:
+def _tidy_memory() -> None:
     """Return what loading code took and no longer needs to the system (glibc; elsewhere nothing happens)."""
+    # Long-lived objects are never garbage: keeping them out of the collector's way halves the CPU of large bodies.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
