@@ -563,6 +563,55 @@ def fit(  # noqa: PLR0913 -- one call does it all, and every argument is named
     )
 
 
+def examine(calibrator: Calibrator, rows: Sequence[Labelled]) -> Diagnostics:
+    """What a calibrator does on labels: its own, of which it then looks a little too good, or others.
+
+    Raises
+    ------
+    CalibrationError
+        If there are too few labels of its model that have its signals, or of one kind only.
+    """
+    table, remarks = _cleaned(rows, calibrator.model, calibrator.judges)
+    needed = calibrator.score.signals
+    if lacking := [each for each in needed if each not in table.names]:
+        raise CalibrationError(f"the labels have not the signals {', '.join(lacking)}")
+    if calibrator.labels_digest == _digest(rows):
+        remarks.append("it was fitted to these labels, so that it looks a little better than it is")
+    scored_by, labels, weights = calibrator.score, table.labels, table.weights
+    scores = np.array([min(scored_by.of(r.signals), *r.check_scores, 1.0) for r in table.rows])
+    confidence = np.array([calibrator.calibrator.apply(each) for each in scores.tolist()])
+    certificates = [
+        calibrator.certificate(row.tier or RiskTier.MEDIUM, row.task) for row in table.rows
+    ]
+    limits = np.array(
+        [2.0 if c is None or c.threshold is None else c.threshold for c in certificates]
+    )
+    alone = [auroc(column, labels, weights=weights) for column in table.features.T]
+    uses = [
+        SignalUse(name, area, name in needed) for name, area in zip(table.names, alone, strict=True)
+    ]
+    best = max(range(len(alone)), key=lambda i: abs(alone[i] - 0.5))
+    return Diagnostics(
+        n=len(table.rows),
+        errors=int((~labels).sum()),
+        remarks=tuple(remarks),
+        signals=tuple(uses),
+        scorers={},
+        maps={},
+        quality=measured(
+            scores,
+            confidence,
+            labels,
+            weights,
+            np.copysign(1, alone[best] - 0.5) * table.features[:, best],
+        ),
+        reliability=reliability(confidence, labels, weights),
+        curve=risk_coverage(confidence, labels, weights),
+        slices=slices(table.rows, confidence, labels, weights, confidence >= limits),
+        mistakes=mistakes(table.rows, confidence, labels),
+    )
+
+
 class _Table:
     """Labelled responses as columns, of the signals that all of them have."""
 

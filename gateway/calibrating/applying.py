@@ -25,7 +25,6 @@ from gateway.settings import Settings
 from gateway.spending import Prices
 from policies import (
     Action,
-    CalibrationError,
     Calibrator,
     Evidence,
     Policy,
@@ -70,8 +69,7 @@ class Change:
     @property
     def diff(self) -> str:
         """What changes in the policy, as a unified diff."""
-        lines = (version.text.splitlines(keepends=True) for version in (self.before, self.after))
-        return "".join(difflib.unified_diff(*lines, str(self.file), f"{self.file} (new)"))
+        return _diff(self.before.text, self.after.text, self.file)
 
 
 def in_force(settings: Settings) -> Loaded:
@@ -91,7 +89,8 @@ def policy_named(loaded: Loaded, name: str) -> Policy:
 def proposed(settings: Settings, name: str, artefact: Path) -> Change:
     """The change that brings an artefact into force for a policy; nothing is written.
 
-    Its thresholds come from the artefact if that has any to promise; otherwise the policy keeps its own.
+    What is confident comes from the artefact if that has a certificate, be it that nothing is; otherwise the policy keeps its
+    own thresholds.
 
     Raises
     ------
@@ -109,7 +108,7 @@ def proposed(settings: Settings, name: str, artefact: Path) -> Change:
     if why := calibrator.stale(before.checks_digest, before.judge_digests):
         raise ChangeError(f"{artefact} is not for policy {name}: {why}; fit it again")
     edited = Source(text, str(file)).edited(("confidence", "calibrator"), calibrator.name)
-    if any(each.threshold is not None for each in calibrator.certificates):
+    if calibrator.certificates:
         edited = Source(edited, str(file)).edited(("thresholds",), _thresholds(before))
     others = [(str(path), path.read_text("utf-8")) for path in _files(settings) if path != file]
     checked = load_policies(
@@ -127,6 +126,8 @@ def proposed(settings: Settings, name: str, artefact: Path) -> Change:
 
 
 def _thresholds(policy: Policy) -> str:
+    if "unsure" in policy.thresholds.model_fields_set:
+        return f"{{from_calibrator: true, unsure: {policy.thresholds.unsure:g}}}"
     return "{from_calibrator: true}"
 
 
@@ -172,14 +173,14 @@ def replayed(change: Change, recorded: Sequence[DecisionRecord]) -> tuple[Moves,
         evidence = _evidence(record)
         if evidence is None or not _is_whole(change.before.policy, evidence):
             continue
-        moves[_action(change.before, record, evidence), _action(change.after, record, evidence)] += 1
+        moves[
+            _action(change.before, record, evidence), _action(change.after, record, evidence)
+        ] += 1
     return moves, len(recorded) - moves.total()
 
 
 def _action(version: Version, record: DecisionRecord, evidence: Evidence) -> Action:
-    known = estimate(
-        version.policy, evidence, model=record.model, calibrator=version.calibrator
-    )
+    known = estimate(version.policy, evidence, model=record.model, calibrator=version.calibrator)
     decision = decide(
         version.policy,
         evidence,
@@ -283,8 +284,14 @@ def rollback(settings: Settings, name: str) -> tuple[Path, str]:
         kept.rename(kept.with_suffix(".undone"))
     except OSError as error:
         raise ChangeError(f"{error.filename}: cannot be written: {error.strerror}") from error
-    lines = (change[key].splitlines(keepends=True) for key in ("after", "before"))
-    return file, "".join(difflib.unified_diff(*lines, str(file), f"{file} (as it was)"))
+    return file, _diff(change["after"], change["before"], file)
+
+
+def _diff(old: str, new: str, file: Path) -> str:
+    lines = difflib.unified_diff(
+        old.splitlines(keepends=True), new.splitlines(keepends=True), str(file), f"{file} (new)"
+    )
+    return "".join(lines)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
@@ -64,16 +64,13 @@ def read_labelled(path: Path) -> list[Labelled]:
         if not line.strip():
             continue
         try:
-            if len(line) > _MAX_LINE:
-                raise LabelError(f"longer than {_MAX_LINE} characters")
-            row = Labelled(**dict(_Line.model_validate_json(line)))
-            if row.id in found:
-                raise LabelError(f"the id {row.id!r} came before; ids must differ")
-            found[row.id] = row
-        except ValidationError as error:
-            mistakes += [f"{path}:{number}: {each}" for each in _told(error)]
+            row = _row(line)
         except LabelError as error:
-            mistakes.append(f"{path}:{number}: {error}")
+            mistakes += [f"{path}:{number}: {each}" for each in str(error).splitlines()]
+            continue
+        if row.id in found:
+            mistakes.append(f"{path}:{number}: the id {row.id!r} came before; ids must differ")
+        found[row.id] = row
     if mistakes[_MOST_TOLD:]:
         mistakes[_MOST_TOLD:] = [f"{path}: and {len(mistakes) - _MOST_TOLD} mistakes more"]
     if not found and not mistakes:
@@ -83,10 +80,17 @@ def read_labelled(path: Path) -> list[Labelled]:
     return list(found.values())
 
 
-def _told(error: ValidationError) -> Iterator[str]:
-    for each in error.errors(include_url=False, include_input=False):
-        place = ".".join(str(part) for part in each["loc"] if part != "[key]")
-        yield f"{place or 'the line'}: {each['msg']}"
+def _row(line: str) -> Labelled:
+    if len(line) > _MAX_LINE:
+        raise LabelError(f"longer than {_MAX_LINE} characters")
+    try:
+        return Labelled(**dict(_Line.model_validate_json(line)))
+    except ValidationError as error:
+        told = (
+            f"{'.'.join(str(part) for part in each['loc'] if part != '[key]') or 'the line'}: {each['msg']}"
+            for each in error.errors(include_url=False, include_input=False)
+        )
+        raise LabelError("\n".join(told)) from error
 
 
 async def reviewed(
