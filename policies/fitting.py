@@ -30,6 +30,7 @@ from policies.calibration import (
     Isotonic,
     LogisticScore,
     Platt,
+    certificate_for,
 )
 from policies.certification import Found, certify, estimate_threshold, thinned
 from policies.diagnostics import (
@@ -580,12 +581,11 @@ def examine(calibrator: Calibrator, rows: Sequence[Labelled]) -> Diagnostics:
     scored_by, labels, weights = calibrator.score, table.labels, table.weights
     scores = np.array([min(scored_by.of(r.signals), *r.check_scores, 1.0) for r in table.rows])
     confidence = np.array([calibrator.calibrator.apply(each) for each in scores.tolist()])
-    certificates = [
-        calibrator.certificate(row.tier or RiskTier.MEDIUM, row.task) for row in table.rows
+    promised = [
+        certificate_for(calibrator.certified_for(row.task), row.tier or RiskTier.MEDIUM)
+        for row in table.rows
     ]
-    limits = np.array(
-        [2.0 if c is None or c.threshold is None else c.threshold for c in certificates]
-    )
+    limits = np.array([2.0 if c is None or c.threshold is None else c.threshold for c in promised])
     alone = [auroc(column, labels, weights=weights) for column in table.features.T]
     uses = [
         SignalUse(name, area, name in needed) for name, area in zip(table.names, alone, strict=True)

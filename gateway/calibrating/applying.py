@@ -180,7 +180,13 @@ def replayed(change: Change, recorded: Sequence[DecisionRecord]) -> tuple[Moves,
 
 
 def _action(version: Version, record: DecisionRecord, evidence: Evidence) -> Action:
-    known = estimate(version.policy, evidence, model=record.model, calibrator=version.calibrator)
+    known = estimate(
+        version.policy,
+        evidence,
+        model=record.model,
+        calibrator=version.calibrator,
+        task=record.task_type,
+    )
     decision = decide(
         version.policy,
         evidence,

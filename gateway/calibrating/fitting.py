@@ -24,7 +24,15 @@ from gateway.labels import LabelError
 from gateway.settings import Settings
 from gateway.store import open_store
 from gateway.terminal import err, fail, out
-from policies import CalibrationError, Calibrator, Policy, PolicyError, load_calibrator
+from policies import (
+    CalibrationError,
+    Calibrator,
+    Policy,
+    PolicyError,
+    RiskTier,
+    load_calibrator,
+)
+from policies.calibration import certificate_for
 from policies.diagnostics import Diagnostics
 from policies.fitting import LEAST, Mode, Per, examine
 from policies.fitting import fit as fitted
@@ -354,12 +362,8 @@ def _compared(
 
 
 def _is_returned(calibrator: Calibrator, row: Labelled) -> bool:
-    certificates = (
-        each
-        for each in calibrator.certificates
-        if each.tier in (None, row.tier) and each.task in (None, row.task)
-    )
-    first = next(certificates, None)
+    certificates = calibrator.certified_for(row.task)
+    first = certificate_for(certificates, row.tier or RiskTier.MEDIUM)
     if first is None or first.threshold is None:
         return False
     return calibrator.confidence(row.signals, row.check_scores) >= first.threshold
