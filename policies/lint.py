@@ -213,7 +213,7 @@ def _stream(policy: Policy) -> Iterator[Remark]:
 def _thresholds(policy: Policy) -> Iterator[Remark]:
     if policy.thresholds.from_calibrator:
         if policy.confidence.calibrator is None:
-            message = "needs a calibrator to take them from: write 'confidence: {calibrator: ...}'"
+            message = "from_calibrator needs a calibrator: write 'confidence: {calibrator: ...}'"
             yield Remark(("thresholds", "from_calibrator"), message)
         return
     for tier in reachable_tiers(policy):
