@@ -609,6 +609,7 @@ def examine(calibrator: Calibrator, rows: Sequence[Labelled]) -> Diagnostics:
         ),
         reliability=reliability(confidence, labels, weights),
         curve=risk_coverage(confidence, labels, weights),
+        offers=(),
         slices=slices(table.rows, confidence, labels, weights, confidence >= limits),
         mistakes=mistakes(table.rows, confidence, labels),
     )

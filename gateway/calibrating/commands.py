@@ -190,7 +190,8 @@ def _show(change: applying.Change, recorded: Sequence[DecisionRecord]) -> None:
         terminal.out.print("There is no recorded traffic of this policy to try it on.")
         return
     moves, untold = applying.replayed(change, recorded)
-    table = Table("action", title=f"{moves.total()} recorded responses, decided on again")
+    terminal.out.print(f"{moves.total()} recorded responses, decided on again:")
+    table = Table("action")
     for heading in ("before", "after"):
         table.add_column(heading, justify="right")
     for action in Action:

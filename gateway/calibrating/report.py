@@ -33,6 +33,9 @@ def summary(calibrator: Calibrator, found: Diagnostics) -> Table:
         table.add_row(markup(f"threshold, {group_of(each)}"), _threshold(each), promise(each))
     if calibrator.cost_threshold is not None:
         table.add_row("cheapest threshold", f"{calibrator.cost_threshold:.4f}", _CHEAPEST)
+    for alpha, returned, threshold, labels in _offers(found):
+        said = f"returned where {alpha} errors are allowed" + (f"; {labels}" if labels else "")
+        table.add_row(f"offer, {threshold}", returned, said)
     return table
 
 
@@ -56,6 +59,16 @@ def _figures(found: Diagnostics) -> list[tuple[str, str, str]]:
         ("Brier score", f"{quality.brier:.3f}", "mean squared error of the confidence"),
         ("AURC", f"{quality.aurc:.4f}", "mean error over all shares that might be returned"),
     ]
+
+
+def _offers(found: Diagnostics) -> list[tuple[str, str, str, str]]:
+    """What each share of errors would give: how much would be returned, from which threshold, what is missing."""
+    rows = []
+    for each in found.offers:
+        more = "" if each.more_labels is None else f"about {each.more_labels} more labels needed"
+        returned = "nothing" if each.threshold is None else f"{100 * each.coverage:.0f} %"
+        rows.append((f"{100 * each.alpha:.3g} %", returned, _threshold(each), more))
+    return rows
 
 
 def group_of(certificate: Certificate) -> str:
@@ -105,6 +118,7 @@ def html_report(
         )
         if calibrator.certificates
         else "<p>It has no certificate: its thresholds are whatever the policy says.</p>",
+        *_offered(found),
         "<h2>Figures</h2>",
         pages.table(("figure", "value", "what it says"), _figures(found)),
         "<h2>Is the confidence true?</h2>",
@@ -138,6 +152,15 @@ def html_report(
         else "<p>None.</p>",
     ]
     return pages.page(f"Holdgate: calibrator {calibrator.name}", body, script=get_plotlyjs())
+
+
+def _offered(found: Diagnostics) -> list[str]:
+    if not found.offers:
+        return []
+    return [
+        "<p>What others would give, all responses together. Each is a promise of its own: choose before you look.</p>",
+        pages.table(("errors allowed", "returned", "threshold", "missing"), _offers(found)),
+    ]
 
 
 def _facts(calibrator: Calibrator) -> list[tuple[str, str]]:

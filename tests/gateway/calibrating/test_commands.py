@@ -92,7 +92,7 @@ class TestFit:
         [
             (("--from-reviews",), "there are no labels"),
             (("--policy", "nothing"), "there is no policy 'nothing'; there are orders"),
-            (("--model", "other"), "0 labels can be used"),
+            (("--model", "other"), "no signal is of use"),
         ],
     )
     def test_what_is_wrong_is_told_and_nothing_written(
@@ -316,7 +316,7 @@ class TestPropose:
         fitted.labels(some_labels(4000, seed=4))
         assert fitted.fit("orders-0.json", "--alpha", "0.1").exit_code == 0
         TestApply().apply(fitted, "--yes", name="orders-0.json")
-        self.labels(fitted, n=130, seed=6)
+        self.labels(fitted, n=300, seed=6)
         result = self.propose(fitted, "--apply", "--alpha", "0.3")
         assert result.exit_code == 3
         assert "Not proposed: " in result.stderr
