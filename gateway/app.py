@@ -27,6 +27,7 @@ from gateway import __version__
 from gateway.api import admin, decisions, review
 from gateway.api.openai import OpenAIEdge
 from gateway.asking import Asker
+from gateway.audits import Audits
 from gateway.auth import Authenticator
 from gateway.bus import open_bus
 from gateway.delivery import Delivery
@@ -35,10 +36,11 @@ from gateway.interviews import Interviewer
 from gateway.judging import Assessor
 from gateway.jury import Jury
 from gateway.live import LiveStreams
+from gateway.monitors import Monitors
 from gateway.pipeline import Pipeline
 from gateway.policy_files import PolicyFiles
 from gateway.ports import Clock
-from gateway.recording import Recorder
+from gateway.recording import Recorder, new_id
 from gateway.reviews import Reviews, WaitingRoom
 from gateway.services import Services
 from gateway.settings import Settings, load_settings
@@ -125,7 +127,9 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
         interviewer = Interviewer(router, prices, clock, metrics, concurrency=given.concurrency)
         verdicts = Verdicts(bus, clock, limit_bytes=given.cache_bytes, keep_s=given.cache_s)
         jury = Jury(interviewer, verdicts, spending, clock, metrics, timeout_s=given.timeout_s)
-        assessor = Assessor(policies, jury, clock, audit_secret=_audit_secret(settings))
+        audits = Audits(store, secret=_audit_secret(settings))
+        await audits.refresh()
+        assessor = Assessor(policies, jury, audits, clock)
         response_bytes = settings.limits.response_bytes
         asker = Asker(router, clock, response_bytes=response_bytes)
         live = LiveStreams(assessor, recorder, clock, response_bytes=response_bytes)
@@ -150,7 +154,10 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
             reviews=Reviews(store, bus, clock, room),
             room=room,
         )
-        for work in (room.run(), policies.watch(), spending.run()):
+        monitors = Monitors(store, policies, clock, metrics, new_id=new_id)
+        stack.push_async_callback(monitors.close)
+        background = (room.run(), policies.watch(), spending.run(), audits.run(), monitors.run())
+        for work in background:
             task = asyncio.create_task(work)
             stack.push_async_callback(_stop, task)
         stack.callback(room.close)

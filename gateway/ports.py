@@ -17,6 +17,7 @@ from gateway.records import (
     LabelledDecision,
     NewLabel,
     NewTask,
+    Observed,
     Resolution,
     Spend,
     Standing,
@@ -124,6 +125,14 @@ class Store(Protocol):
         """Decisions that were judged, each with its labels reduced to one, in order of their ids.
 
         Those after the given decision id ("" for the first).
+        """
+
+    async def observed(
+        self, label: str, after: tuple[datetime, str], until: datetime, limit: int
+    ) -> Sequence[Observed]:
+        """The numbers of a policy's answered decisions after a time and id and before another time, oldest first.
+
+        `label` is the policy's, with its digest.
         """
 
     async def standings(self) -> Sequence[Standing]:

@@ -285,6 +285,15 @@ class Alarm:
 
 
 @dataclass(frozen=True, slots=True)
+class Observed:
+    """The numbers of a decision that monitors look at, by their name: `confidence`, `score` and the signals it has."""
+
+    id: str
+    at: datetime
+    values: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Standing:
     """Where a policy stands: how much it is audited, and whether its calibrator may be believed.
 

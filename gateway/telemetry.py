@@ -77,6 +77,9 @@ class Metrics:
         self.settled = counter(
             "holdgate_tasks_settled_total", "Review tasks settled here.", ("outcome",)
         )
+        self.alarms = counter(
+            "holdgate_alarms_total", "Alarms that monitors raised here.", ("policy", "kind")
+        )
         self.review_seconds = histogram(
             "holdgate_review_seconds",
             "Time from a task's creation to its resolution.",

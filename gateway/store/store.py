@@ -25,6 +25,7 @@ from gateway.records import (
     LabelledDecision,
     NewLabel,
     NewTask,
+    Observed,
     Resolution,
     Spend,
     Standing,
@@ -245,6 +246,13 @@ class SqlStore:
     async def labelled(self, after: str, limit: int) -> Sequence[LabelledDecision]:
         """Decisions that were judged, in order of their ids, those after the given id ("" for the first)."""
         return await self._engine.read(partial(labelling.labelled, after=after, limit=limit))
+
+    async def observed(
+        self, label: str, after: tuple[datetime, str], until: datetime, limit: int
+    ) -> Sequence[Observed]:
+        """The numbers of a policy's answered decisions after a time and id and before another time, oldest first."""
+        operation = partial(decisions.observed, label=label, after=after, until=until, limit=limit)
+        return await self._engine.read(operation)
 
     async def standings(self) -> Sequence[Standing]:
         """Where every policy stands, without what the monitors remember."""
