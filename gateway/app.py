@@ -49,6 +49,7 @@ from gateway.store import open_store
 from gateway.telemetry import Metrics, configure_logs
 from gateway.upstream.routing import Router
 from gateway.verdicts import Verdicts
+from gateway.webhooks import Webhooks
 
 _log = structlog.get_logger()
 
@@ -117,8 +118,9 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
         stack.push_async_callback(bus.close)
         router = Router(settings)
         stack.push_async_callback(router.close)
-        usd_per_minute = settings.review.usd_per_minute
-        room = WaitingRoom(store, bus, clock, metrics, usd_per_minute=usd_per_minute)
+        room = WaitingRoom(
+            store, bus, clock, metrics, usd_per_minute=settings.review.usd_per_minute
+        )
         recorder = Recorder(store, bus, clock, metrics)
         spending = Spending(store, clock)
         await spending.refresh()
@@ -131,10 +133,10 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
         await audits.refresh()
         assessor = Assessor(policies, jury, audits, clock)
         response_bytes = settings.limits.response_bytes
-        asker = Asker(router, clock, response_bytes=response_bytes)
         live = LiveStreams(assessor, recorder, clock, response_bytes=response_bytes)
         stack.push_async_callback(live.drain)
-        hold = settings.hold
+        webhooks = Webhooks(store, clock, metrics, settings)
+        stack.push_async_callback(webhooks.close)
         services = Services(
             settings=settings,
             store=store,
@@ -147,33 +149,43 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
                 store, required=_asks_for_keys(settings), monotonic_s=clock.monotonic_s
             ),
             interviewer=interviewer,
-            pipeline=Pipeline(store, asker, assessor, recorder, live, clock),
+            pipeline=Pipeline(
+                store,
+                Asker(router, clock, response_bytes=response_bytes),
+                assessor,
+                recorder,
+                live,
+                clock,
+            ),
             delivery=Delivery(
-                store, room, keepalive_s=hold.keepalive_s, max_waiting=hold.max_waiting
+                store,
+                room,
+                keepalive_s=settings.hold.keepalive_s,
+                max_waiting=settings.hold.max_waiting,
             ),
             reviews=Reviews(store, bus, clock, room),
             room=room,
         )
         monitors = Monitors(store, policies, clock, metrics, new_id=new_id)
         stack.push_async_callback(monitors.close)
-        background = (room.run(), policies.watch(), spending.run(), audits.run(), monitors.run())
-        for work in background:
+        workers = (room, spending, webhooks, audits, monitors)
+        for work in (policies.watch(), *(each.run() for each in workers)):
             task = asyncio.create_task(work)
             stack.push_async_callback(_stop, task)
         stack.callback(room.close)
         _on_stop_signal(room.close)
-        # Long-lived objects are never garbage: keeping them out of the collector's way halves the CPU of large bodies.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 50)
-        _give_back_memory()
+        _tidy_memory()
         for problem in policies.current.warnings:
             _log.warning("policy_warning", problem=str(problem))
         yield services
 
 
-def _give_back_memory() -> None:
+def _tidy_memory() -> None:
     """Return what loading code took and no longer needs to the system (glibc; elsewhere nothing happens)."""
+    # Long-lived objects are never garbage: keeping them out of the collector's way halves the CPU of large bodies.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

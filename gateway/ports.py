@@ -12,6 +12,7 @@ from gateway.records import (
     Alarm,
     ApiKey,
     DecisionRecord,
+    Delivery,
     Economics,
     Label,
     LabelledDecision,
@@ -167,6 +168,31 @@ class Store(Protocol):
 
     async def economics(self, since: datetime) -> Economics:
         """What each layer did since then, from indexes alone."""
+
+    async def dispatch(
+        self, takers: Mapping[str, Sequence[str]], before: datetime, limit: int
+    ) -> int:
+        """Make a delivery of each event of the outbox for each webhook that takes its kind; return how many events.
+
+        Events that nobody takes, and events and deliveries from before that time, are dropped.
+        """
+
+    async def take_deliveries(
+        self, webhook: str, now: datetime, lease_s: float, limit: int
+    ) -> Sequence[Delivery]:
+        """The deliveries due, longest due first, each an attempt on; nobody else gets them within the lease."""
+
+    async def put_off_delivery(self, delivery_id: str, until: datetime) -> None:
+        """Have a delivery due again at that time."""
+
+    async def finish_delivery(self, delivery_id: str) -> None:
+        """Forget a delivery."""
+
+    async def announce_samples(self, every: int, now: datetime) -> bool:
+        """Put `labels.ready` into the outbox if so many training samples have come since it last was; True if so.
+
+        Of any number of replicas that ask, one is told so.
+        """
 
     async def create_key(self, key: ApiKey) -> None:
         """Store an API key. Raises `Conflict` if the name is taken."""

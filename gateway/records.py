@@ -312,6 +312,17 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
+class Delivery:
+    """An event on its way to one webhook. `attempt` counts from 1; the id is the same at every attempt."""
+
+    id: str
+    kind: str
+    subject: str
+    at: datetime
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class ApiKey:
     """An API key; only the SHA-256 of the secret is kept."""
 

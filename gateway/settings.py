@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -46,6 +47,15 @@ def _provider_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _webhook_url(value: str) -> str:
+    url = URL(value)
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError("write a whole address, such as https://example.com/holdgate")
+    if url.user or url.password or url.fragment:
+        raise ValueError("no user, password or fragment may be in it; events are signed instead")
+    return value
+
+
 def _store_url(value: str) -> str:
     if not value.startswith(("sqlite:///", "postgresql://")):
         raise ValueError("write sqlite:///<file> or postgresql://<user>@<host>/<database>")
@@ -65,7 +75,9 @@ def _words(value: object) -> object:
 
 
 ProviderUrl = Annotated[str, AfterValidator(_provider_url)]
+WebhookUrl = Annotated[str, AfterValidator(_webhook_url)]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+EventKind: TypeAlias = Literal["task.opened", "task.settled", "alarm.raised", "labels.ready"]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Usd = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
@@ -190,6 +202,21 @@ class ReviewSettings(Section):
     usd_per_minute: Usd | None = None
 
 
+class LearningSettings(Section):
+    """After how many new training samples (corrected, rejected, or approved though unsure) `labels.ready` is told."""
+
+    retrain_samples: Annotated[int, Field(ge=1)] = 500
+
+
+class WebhookEntry(Section):
+    """Where some kinds of events are told; `secret_env` holds what they are signed with."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
+    url: WebhookUrl
+    secret_env: VariableName
+    events: Annotated[tuple[EventKind, ...], Field(min_length=1)]
+
+
 class Settings(Section):
     """Every setting of one gateway, made once by `load_settings`."""
 
@@ -208,6 +235,8 @@ class Settings(Section):
     hold: HoldSettings = HoldSettings()
     judges: JudgeSettings = JudgeSettings()
     review: ReviewSettings = ReviewSettings()
+    learning: LearningSettings = LearningSettings()
+    webhooks: tuple[WebhookEntry, ...] = ()
     shutdown_grace_s: Seconds = 30.0
 
     _secrets: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -254,6 +283,7 @@ def load_settings(path: Path | None, env: Mapping[str, str], *, secrets: bool = 
     unset = ((loc, name) for loc, name in named.items() if not env.get(name))
     problems += [placed(loc, message) for loc, message in _unmet(settings)]
     problems += [placed(loc, f"the environment variable {name} is not set") for loc, name in unset]
+    problems += [placed(loc, message) for loc, message in _unfit(named, env)]
     if problems:
         raise SettingsError("\n".join(problems))
     settings._secrets.update((name, env[name]) for name in named.values())
@@ -267,9 +297,15 @@ def variable_names(section: type[Section] = Settings, loc: Loc = ()) -> dict[str
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, Section):
             found |= variable_names(inner, (*loc, name))
-        elif name != "models":
+        elif _entry_type(inner) is None:
             found["_".join(("HOLDGATE", *map(str, loc), name)).upper()] = (*loc, name)
     return found
+
+
+def _entry_type(annotation: object) -> type[Section] | None:
+    """The section that each entry of a list is; None if it is no list of sections."""
+    inner = (annotation, *get_args(annotation))
+    return next((e for e in inner if isinstance(e, type) and issubclass(e, Section)), None)
 
 
 def _read(path: Path) -> Source:
@@ -346,15 +382,7 @@ def _known_keys(loc: Loc) -> list[str]:
     section: type[Section] = Settings
     for part in loc:
         if isinstance(part, str):
-            inner = section.model_fields[part].annotation
-            if part == "models":
-                section = ModelEntry
-            else:
-                section = next(
-                    each
-                    for each in (inner, *get_args(inner))
-                    if isinstance(each, type) and issubclass(each, Section)
-                )
+            section = _entry_type(section.model_fields[part].annotation) or section
     return list(section.model_fields)
 
 
@@ -363,7 +391,29 @@ def _named(settings: Settings) -> dict[Loc, str]:
     places: list[tuple[Loc, str | None]] = [(("audit_secret_env",), settings.audit_secret_env)]
     for index, entry in enumerate(settings.models):
         places.append((("models", index, "api_key_env"), entry.api_key_env))
+    for index, hook in enumerate(settings.webhooks):
+        places.append((("webhooks", index, "secret_env"), hook.secret_env))
     return {loc: name for loc, name in places if name}
+
+
+def _unfit(named: Mapping[Loc, str], env: Mapping[str, str]) -> Iterator[tuple[Loc, str]]:
+    """Find the secrets that nothing can be signed with."""
+    for loc, name in named.items():
+        if loc[0] == "webhooks" and not all(map(_is_signing_secret, env.get(name, "").split())):
+            yield (
+                loc,
+                f"{name} must hold whsec_ and 24 to 64 random bytes in base64: "
+                'make it with `echo "whsec_$(openssl rand -base64 32)"`',
+            )
+
+
+def _is_signing_secret(secret: str) -> bool:
+    """Whether it has the form that the Standard Webhooks specification demands ("Signature scheme")."""
+    try:
+        key = b64decode(secret.removeprefix("whsec_"), validate=True)
+    except ValueError:
+        return False
+    return secret.startswith("whsec_") and 24 <= len(key) <= 64
 
 
 def _unmet(settings: Settings) -> Iterator[tuple[Loc, str]]:
@@ -380,3 +430,7 @@ def _unmet(settings: Settings) -> Iterator[tuple[Loc, str]]:
         for place, model in enumerate(entry.fallbacks):
             if not any(fnmatchcase(model, other.match) for other in settings.models):
                 yield (*loc, "fallbacks", place), f"no entry of models matches {model}"
+    names = [hook.name for hook in settings.webhooks]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield ("webhooks", index, "name"), f"an entry above is named {name} too"

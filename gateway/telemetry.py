@@ -68,22 +68,38 @@ class Metrics:
             "holdgate_unchecked_total", "Requests passed through with no policy applied.", ("why",)
         )
         self.errors = counter("holdgate_errors_total", "Errors answered to callers.", ("code",))
+        self._add_people(registry)
+
+    def _add_people(self, registry: CollectorRegistry) -> None:
         self.waiting = Gauge(
             "holdgate_waiting_clients",
             "Clients waiting for a held response.",
             multiprocess_mode="livesum",
             registry=registry,
         )
-        self.settled = counter(
-            "holdgate_tasks_settled_total", "Review tasks settled here.", ("outcome",)
+        self.settled = Counter(
+            "holdgate_tasks_settled_total",
+            "Review tasks settled here.",
+            ("outcome",),
+            registry=registry,
         )
-        self.alarms = counter(
-            "holdgate_alarms_total", "Alarms that monitors raised here.", ("policy", "kind")
+        self.alarms = Counter(
+            "holdgate_alarms_total",
+            "Alarms that monitors raised here.",
+            ("policy", "kind"),
+            registry=registry,
         )
-        self.review_seconds = histogram(
+        self.webhooks = Counter(
+            "holdgate_webhook_attempts_total",
+            "Attempts to deliver an event: delivered, failed, given_up.",
+            ("webhook", "outcome"),
+            registry=registry,
+        )
+        self.review_seconds = Histogram(
             "holdgate_review_seconds",
             "Time from a task's creation to its resolution.",
             buckets=_REVIEW_SECONDS,
+            registry=registry,
         )
 
     def count_judge_failure(

@@ -10,14 +10,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from itertools import combinations, pairwise
 from math import exp, isfinite, isnan, log, log1p, nan
 from typing import Annotated, Any, Literal, TypeAlias
 
 import orjson
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from policies.model import Name, Probability
+from policies.model import Name, Probability, RiskTier
 from policies.signals import (
     CLIP,
     JUDGE,
@@ -213,13 +213,54 @@ class Metrics(Part):
     brier: Probability
 
 
+class Certificate(Part):
+    """What was found for the responses of a tier, of a task or of all: see `policies.certification`.
+
+    With `threshold` not None: among what is returned on its own at that confidence or above, the share
+    of errors is at most `alpha`, with probability 1 - `delta` over the labels if `certified`, as far as a
+    smooth curve can tell if `estimated`. `delta` is the share that fell to this certificate. `n` labels
+    were used, of which `accepted` were at or above the threshold, `errors` of these not acceptable;
+    `coverage` is the share of responses expected there, `bound` the upper limit of their errors.
+
+    With None the labels give no threshold: nothing is confident. `best_alpha` is then about what they
+    would give one for, and `more_labels` about how many more are needed for `alpha`.
+    """
+
+    tier: RiskTier | None = Field(default=None, strict=False)
+    task: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    mode: Literal["certified", "estimated"]
+    alpha: Annotated[Probability, Field(gt=0, lt=1)]
+    delta: Annotated[Probability, Field(gt=0, lt=1)]
+    threshold: Probability | None
+    n: Annotated[int, Field(ge=0)]
+    accepted: Annotated[int, Field(ge=0)] = 0
+    errors: Annotated[int, Field(ge=0)] = 0
+    coverage: Probability = 0.0
+    bound: Probability | None = None
+    best_alpha: Probability | None = None
+    more_labels: Annotated[int, Field(ge=0)] | None = None
+
+
+class Knot(Part):
+    """At a confidence or above: the share of responses there, and of errors among them with its limits."""
+
+    confidence: Probability
+    coverage: Probability
+    risk: Probability
+    low: Probability
+    high: Probability
+
+
 class Calibrator(Part):
     """A fitted calibrator and all that says when it applies.
 
     `model` is a glob over model names. `checks_digest` is `Policy.checks_digest` when it was
     fitted: of the checks that fed the score, None if there were none. `judges` holds the digest of
     every judge whose score is one of its signals, by check id. `n` is the number of labels it was
-    fitted on.
+    fitted on, `labels_digest` of their ids, contents and verdicts.
+
+    `certificates` are the thresholds that can be promised, each for other responses; `cost_threshold`
+    is the confidence from which returning costs less than a review. `curve` is errors against coverage.
     """
 
     format: Literal[1]
@@ -234,6 +275,27 @@ class Calibrator(Part):
     n: Annotated[int, Field(ge=1)]
     calibrator: AnyMap
     metrics: Metrics | None = None
+    labels_digest: Digest | None = None
+    certificates: Annotated[tuple[Certificate, ...], Field(max_length=100)] = ()
+    cost_threshold: Probability | None = None
+    curve: Annotated[tuple[Knot, ...], Field(max_length=200)] = ()
+
+    @model_validator(mode="after")
+    def _certifies_once(self) -> Calibrator:
+        for one, other in combinations(self.certificates, 2):
+            if _meet(one.tier, other.tier) and _meet(one.task, other.task):
+                raise ValueError(
+                    "two certificates are for the same responses: at most one may apply to a tier "
+                    "and a task"
+                )
+        return self
+
+    def certificate(self, tier: RiskTier, task: str | None = None) -> Certificate | None:
+        """The one that is for responses of this tier and task, None if there is none."""
+        for each in self.certificates:
+            if each.tier in (None, tier) and each.task in (None, task):
+                return each
+        return None
 
     @model_validator(mode="after")
     def _names_its_judges(self) -> Calibrator:
@@ -322,6 +384,10 @@ def load_calibrator(text: str, *, file: str) -> Calibrator:
             for each in error.errors(include_url=False, include_input=False)
         )
         raise CalibrationError("\n".join(problems)) from error
+
+
+def _meet(one: str | None, other: str | None) -> bool:
+    return one is None or other is None or one == other
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -405,6 +405,8 @@ def miscalibration(pairs: Sequence[tuple[float, bool]]) -> Miscalibration | None
 def chi_squared_quantile(degrees: int, tail: float) -> float:
     """What chi-squared exceeds with the probability `tail` in (0, 1), by Wilson and Hilferty's approximation.
 
+    In the far tail it is too high, by 1 to 3 % for many degrees of freedom and 15 % for one: on the quiet side.
+
     Examples
     --------
     >>> round(chi_squared_quantile(10, 0.05), 1)
@@ -426,21 +428,3 @@ def agreement(answers: Iterable[Sequence[bool]]) -> tuple[int, int]:
         pairs += n * (n - 1) // 2
         agreed += yes * (yes - 1) // 2 + (n - yes) * (n - yes - 1) // 2
     return agreed, pairs
-
-
-def spread_rates(errors: Sequence[float], rate: float, floor: float) -> list[float]:
-    """Inclusion probabilities for responses whose chance of being wrong is about `errors`, in [0, 1] each.
-
-    Proportional to ``sqrt(e (1 - e))``, none below `floor` or above 1, their mean `rate` as far as that can be.
-
-    References
-    ----------
-    Neyman (1934); Zrnic and Candes (2024), "Active statistical inference", section 4.
-    """
-    weights = [sqrt(e * (1 - e)) for e in errors]
-    low, high = 0.0, 1.0 / max(min((w for w in weights if w > 0), default=1.0), 1e-9)
-    for _ in range(60):
-        scale = (low + high) / 2
-        mean = sum(min(max(scale * w, floor), 1.0) for w in weights) / len(weights)
-        low, high = (scale, high) if mean < rate else (low, scale)
-    return [min(max(high * w, floor), 1.0) for w in weights]

@@ -19,7 +19,8 @@ from policies.agreement import (
     length_bias,
     position_bias,
 )
-from policies.fitting import auroc, best_fit, brier, cross_fitted, ece
+from policies.fitting import best_fit, cross_fitted
+from policies.measures import auroc, brier, ece
 from validators import Outcome
 
 Pair = tuple[Case, Judged]

@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 
 #: The revision this code reads and writes.
-REVISION = "0003"
+REVISION = "0004"
 
 #: `due_at` of a task without a deadline, so that one ascending index serves queue and expiry.
 NEVER = 2**63 - 1
@@ -211,7 +211,7 @@ _open = alarms.c.cleared_at.is_(None)
 Index("ix_alarms_open", alarms.c.policy, alarms.c.kind, sqlite_where=_open)
 Index("ix_alarms_at", alarms.c.at)
 
-#: What others are to be told, at least once: whoever has delivered a row deletes it.
+#: What happened and others may want to be told; `dispatch` turns each row into deliveries, or drops it if nobody asked for it.
 outbox = Table(
     "outbox",
     metadata,
@@ -219,6 +219,30 @@ outbox = Table(
     Column("at", BigInteger, nullable=False),
     Column("kind", Text, nullable=False),
     Column("subject", Text, nullable=False),
+)
+
+#: An event on its way to one webhook, at least once: the row is deleted when it got there, or is given up. Whoever tries to
+#: deliver it moves `next_at` on first, so that no other does meanwhile.
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("webhook", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("next_at", BigInteger, nullable=False),
+)
+Index("ix_deliveries_next_at", deliveries.c.webhook, deliveries.c.next_at)
+Index("ix_deliveries_at", deliveries.c.at)
+
+#: How far something has come that must happen once for every so many, whichever replica notices.
+marks = Table(
+    "marks",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("value", BigInteger, nullable=False),
 )
 
 #: Append-only, by trigger. `leaf` is SHA-256(0x00 || body) in hex, the leaf hash of RFC 9162, section 2.1.1.

@@ -20,6 +20,7 @@ from gateway.records import (
     Alarm,
     ApiKey,
     DecisionRecord,
+    Delivery,
     Economics,
     Label,
     LabelledDecision,
@@ -32,7 +33,7 @@ from gateway.records import (
     TaskRecord,
     TaskState,
 )
-from gateway.store import decisions, economics, standings, tasks
+from gateway.store import decisions, economics, outbox, standings, tasks
 from gateway.store import labels as labelling
 from gateway.store.engines import Engine, Refused, SqliteEngine
 from gateway.store.migrations import is_current
@@ -295,6 +296,40 @@ class SqlStore:
     async def economics(self, since: datetime) -> Economics:
         """What each layer did since then."""
         return await self._engine.read(partial(economics.since, at=since))
+
+    async def dispatch(
+        self, takers: Mapping[str, Sequence[str]], before: datetime, limit: int
+    ) -> int:
+        """Make a delivery of each event of the outbox for each webhook that takes its kind; return how many events."""
+        if not await self._engine.read(partial(outbox.is_waiting, before=before)):
+            return 0
+        return await self._engine.write(
+            partial(outbox.dispatch, takers=takers, before=before, limit=limit)
+        )
+
+    async def take_deliveries(
+        self, webhook: str, now: datetime, lease_s: float, limit: int
+    ) -> Sequence[Delivery]:
+        """The deliveries due, longest due first, each an attempt on; nobody else gets them within the lease."""
+        if not await self._engine.read(partial(outbox.is_due, webhook=webhook, now=now)):
+            return []
+        return await self._engine.write(
+            partial(outbox.take, webhook=webhook, now=now, lease_s=lease_s, limit=limit)
+        )
+
+    async def put_off_delivery(self, delivery_id: str, until: datetime) -> None:
+        """Have a delivery due again at that time."""
+        await self._engine.write(partial(outbox.put_off, delivery_id=delivery_id, until=until))
+
+    async def finish_delivery(self, delivery_id: str) -> None:
+        """Forget a delivery."""
+        await self._engine.write(partial(outbox.finish, delivery_id=delivery_id))
+
+    async def announce_samples(self, every: int, now: datetime) -> bool:
+        """Put `labels.ready` into the outbox if so many training samples have come since it last was; True if so."""
+        if not await self._engine.read(partial(outbox.is_ready, every=every)):
+            return False
+        return await self._engine.write(partial(outbox.announce, every=every, now=now))
 
     async def create_key(self, key: ApiKey) -> None:
         """Store an API key. Raises `Conflict` if the name is taken."""

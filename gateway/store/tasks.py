@@ -165,7 +165,7 @@ def _log_resolution(connection: Connection, resolution: Resolution, decision_id:
         "correction_sha256": None if correction is None else hashlib.sha256(correction).hexdigest(),
     }
     audit = audit_row("task.resolved", resolution.task_id, at_us, facts)
-    log(connection, [audit], [(at_us, "task.resolved", resolution.task_id)])
+    log(connection, [audit], [(at_us, "task.settled", resolution.task_id)])
 
 
 def due(connection: Connection, now: datetime, limit: int) -> list[str]:
@@ -198,7 +198,7 @@ def expire(connection: Connection, now: datetime, limit: int) -> list[TaskRecord
             audit_row("task.expired", task.id, at_us, {"decision": task.decision_id})
             for task in expired
         ],
-        [(at_us, "task.expired", task.id) for task in expired],
+        [(at_us, "task.settled", task.id) for task in expired],
     )
     return expired
 

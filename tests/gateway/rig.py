@@ -161,7 +161,8 @@ class Rig:
             self.interviewer, verdicts, self.spending, self.clock, self.metrics, timeout_s=30
         )
         self.audits = Audits(store, secret=b"secret")
-        self.assessor = assessor = Assessor(Fixed(), jury, self.audits, self.clock)
+        self.policies = Fixed()
+        self.assessor = assessor = Assessor(self.policies, jury, self.audits, self.clock)
         self.live = LiveStreams(assessor, self.recorder, self.clock, response_bytes=1_000_000)
         self.asker = Asker(self.models, self.clock, response_bytes=1_000_000)
         self.pipeline = Pipeline(store, self.asker, assessor, self.recorder, self.live, self.clock)

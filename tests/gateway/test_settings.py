@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ByteSize, ValidationError
+from pydantic_core import PydanticUndefined
 
 from gateway.errors import SettingsError
 from gateway.settings import (
@@ -18,6 +21,7 @@ from gateway.settings import (
     Passthrough,
     Section,
     Settings,
+    WebhookEntry,
     load_settings,
     variable_names,
 )
@@ -284,6 +288,9 @@ def test_name_without_wildcards_is_exact(match: str, exact: bool) -> None:
     assert ModelEntry(match=match).is_exact is exact
 
 
+ENTRIES: Mapping[str, type[Section]] = {"models": ModelEntry, "webhooks": WebhookEntry}
+
+
 def documented(section: type[Section], prefix: str = "") -> dict[str, object]:
     """Every setting below a section by its path, with its default."""
     found: dict[str, object] = {}
@@ -291,8 +298,8 @@ def documented(section: type[Section], prefix: str = "") -> dict[str, object]:
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, Section):
             found |= documented(inner, f"{prefix}{name}.")
-        elif name == "models":
-            found |= documented(ModelEntry, "models[].")
+        elif name in ENTRIES:
+            found |= documented(ENTRIES[name], f"{name}[].")
         else:
             found[prefix + name] = field.default
     return found
@@ -309,7 +316,9 @@ def test_every_setting_is_in_the_reference_with_its_variable_and_default() -> No
         cells = [cell.strip() for cell in row.split("|")]
         if path in variables:
             assert cells.pop(0) == f"`{variables[path]}`"
-        if path not in ("policies", "calibrators", "models[].match"):
+        if settings[path] is PydanticUndefined:
+            assert cells[0] == "none, required", path
+        elif path not in ("policies", "calibrators"):
             assert cells[0] == f"`{as_written(settings[path])}`", path
         assert cells[1].endswith((".", "`.")), path
 
@@ -333,11 +342,54 @@ def test_example_file_has_every_setting_with_its_default() -> None:
     assert load_settings(file, {}) == load_settings(None, {})
     text = file.read_text("utf-8")
     for path in documented(Settings):
-        assert re.search(rf"^[ -]*{path.rpartition('.')[2]}:", text, re.MULTILINE), path
+        assert re.search(rf"^[# -]*{path.rpartition('.')[2]}:", text, re.MULTILINE), path
 
 
 def test_example_of_the_reference_loads(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
-    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    settings = load(tmp_path, example, {"ANTHROPIC_KEY": "a", "OPENAI_API_KEY": "b"})
+    examples = "".join(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    secret = f"whsec_{b64encode(bytes(32)).decode()}"
+    env = {"ANTHROPIC_KEY": "a", "OPENAI_API_KEY": "b", "CRM_WEBHOOK_SECRET": secret}
+    settings = load(tmp_path, examples, env)
     assert [entry.match for entry in settings.models] == ["small", "gpt-*", "*"]
+    assert [hook.name for hook in settings.webhooks] == ["crm"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "mistake"),
+    [
+        ({"name": "CRM"}, "1:24: String should match pattern"),
+        ({"url": "ftp://here"}, "write a whole address, such as https://example.com/holdgate"),
+        ({"url": "https://me:pw@here"}, "no user, password or fragment may be in it"),
+        ({"url": "https://here/#part"}, "no user, password or fragment may be in it"),
+        ({"events": []}, "at least 1 item"),
+        ({"events": ["task.open"]}, "Input should be 'task.opened'"),
+        ({"event": ["task.opened"]}, "unknown key 'event'; did you mean 'events'?"),
+        ({"secret_env": "NONE"}, "the environment variable NONE is not set"),
+        ({"secret_env": "PLAIN"}, "PLAIN must hold whsec_ and 24 to 64 random bytes in base64"),
+        ({"secret_env": "SHORT"}, "SHORT must hold whsec_ and 24 to 64 random bytes in base64"),
+        ({"secret_env": "HALF"}, "HALF must hold whsec_ and 24 to 64 random bytes in base64"),
+    ],
+)
+def test_mistake_in_a_webhook_is_told_with_its_place(
+    tmp_path: Path, hook: Mapping[str, object], mistake: str
+) -> None:
+    good = f"whsec_{b64encode(bytes(32)).decode()}"
+    env = {"GOOD": good, "PLAIN": "secret", "SHORT": "whsec_c2hvcnQ=", "HALF": f"{good} whsec_"}
+    base = {
+        "name": "crm",
+        "url": "http://10.0.0.1/x?y=z",
+        "secret_env": "GOOD",
+        "events": ["task.opened"],
+    }
+    load(tmp_path, json.dumps({"webhooks": [base]}), env)
+    found, *_ = mistakes(tmp_path, json.dumps({"webhooks": [base | dict(hook)]}), env)
+    assert mistake in found
+    assert found.startswith("holdgate.yaml:1:")
+
+
+def test_two_webhooks_of_one_name_are_refused(tmp_path: Path) -> None:
+    hook = {"name": "crm", "url": "http://h", "secret_env": "S", "events": ["task.opened"]}
+    env = {"S": f"whsec_{b64encode(bytes(32)).decode()}"}
+    (found,) = mistakes(tmp_path, json.dumps({"webhooks": [hook, hook]}), env)
+    assert found.endswith("an entry above is named crm too")

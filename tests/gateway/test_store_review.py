@@ -192,7 +192,7 @@ class TestResolution:
         assert body["correction_sha256"] == hashlib.sha256(b"mended").hexdigest()
         assert [row["kind"] for row in await rows(engine, outbox)] == [
             "task.opened",
-            "task.resolved",
+            "task.settled",
         ]
 
     async def test_second_resolution_conflicts_with_the_first_ones_result(
@@ -258,7 +258,7 @@ class TestExpiry:
         entry, note = (await rows(engine, audit_entries))[-1], (await rows(engine, outbox))[-1]
         assert (entry["kind"], note["kind"], note["subject"]) == (
             "task.expired",
-            "task.expired",
+            "task.settled",
             task_id,
         )
         assert orjson.loads(entry["body"])["decision"] == decision.id

@@ -16,24 +16,20 @@ from hypothesis.extra import numpy as arrays
 
 from policies.calibration import Beta, CalibrationError, Isotonic, Platt, logistic
 from policies.fitting import (
-    Bools,
     Fit,
-    Floats,
-    auroc,
     best_fit,
-    brier,
     cross_fitted,
-    ece,
     fit_beta,
     fit_isotonic,
     fit_logistic,
     fit_platt,
-    quality,
+    fit_venn_abers,
 )
+from policies.measures import Bools, Column, Floats, Labels, auroc, brier, ece, quality
 from policies.signals import CLIP, log_odds
 
 PROBABILITY = st.floats(min_value=0, max_value=1)
-FITS = [fit_platt, fit_beta, fit_isotonic, best_fit]
+FITS = [fit_platt, fit_beta, fit_isotonic, fit_venn_abers, best_fit]
 
 
 @st.composite
@@ -154,8 +150,8 @@ def test_cross_fitting_never_shows_a_row_its_own_label() -> None:
     labels = np.arange(40) % 2 == 0
     seen: list[set[float]] = []
 
-    def remember(some: Floats, truth: Bools) -> Isotonic:
-        seen.append(set(some.tolist()))
+    def remember(some: Column, truth: Labels, weights: Column | None = None) -> Isotonic:
+        seen.append(set(np.asarray(some).tolist()))
         return Isotonic(kind="isotonic", x=(0.0, 1.0), y=(len(seen) / 10, len(seen) / 10))
 
     fitted = cross_fitted(scores, labels, remember)

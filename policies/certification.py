@@ -1,0 +1,378 @@
+"""How high a confidence must be for a response to be returned on its own: thresholds with certificates.
+
+A score fixed beforehand orders responses; what scores at least t is returned on its own, and R(t) is
+the share of errors among it. A threshold for (alpha, delta) comes in one of two modes:
+
+``certified``
+    With probability 1 - delta over the labels, R(t) <= alpha. Exact binomial tests, on labels that
+    neither the score nor the order of the tests has seen.
+``estimated``
+    A smooth curve of the error over the score, its upper limit at most alpha. It reaches further on the
+    same labels, and keeps its promise about as often where the curve is a fair picture of the truth:
+    measured, not proven.
+
+Labels that came with unequal probabilities are not counts, and an exact binomial test needs counts:
+`thinned` makes a plain random sample of them. The estimate weights them instead.
+
+References
+----------
+Exact limits: Clopper and Pearson (1934). Tests in a fixed order: Bauer (1991), "Multiple Testing in
+Clinical Trials"; with several starts that hand on what they did not spend: Wiens (2003), "A fixed
+sequence Bonferroni procedure for testing multiple endpoints"; on thresholds, the order learnt on
+another part of the labels: Angelopoulos et al. (2021), "Learn then Test", sections 2 and 2.3. Selective
+risk: Geifman and El-Yaniv (2017), "Selective Classification for Deep Neural Networks".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import bdtr, betaincinv, expit, ndtri
+
+from policies.calibration import CalibrationError
+from policies.signals import CLIP
+
+Floats: TypeAlias = NDArray[np.float64]
+Bools: TypeAlias = NDArray[np.bool_]
+
+#: The tests go on in steps of this share of the labels.
+_STEPS = 50
+
+#: A threshold under which fewer responses than this share fall is worth no search.
+_LEAST_SHARE = 0.05
+
+#: The curve bends at so many places at most, and its weights are shrunk as by so many labels.
+_BENDS, _RIDGE = 3, 1.0
+
+#: Labels that are looked for are found with this probability.
+_POWER = 0.8
+
+_MOST_LABELS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What labels give for (alpha, delta).
+
+    `threshold` is the least score that is returned on its own, None if there is none that can be
+    promised. `n` labels were used, of which `accepted` score at least the threshold, `errors` of them
+    not acceptable; `bound` is the upper limit of R(threshold) at 1 - delta. Without a threshold
+    `best_alpha` is about the least alpha that the same labels would give one for, and `more_labels`
+    about how many more are needed for alpha; each None if there is no such number.
+    """
+
+    threshold: float | None
+    n: int
+    accepted: int = 0
+    errors: int = 0
+    bound: float | None = None
+    best_alpha: float | None = None
+    more_labels: int | None = None
+
+
+def thinned(ids: Sequence[str], inclusion: Floats) -> Bools:
+    """Which labels to keep so that every response had the same probability of being among them.
+
+    A label that came with probability p is kept with probability min(inclusion) / p, by a draw that
+    depends on its id alone, so that the same labels always give the same sample.
+
+    References
+    ----------
+    von Neumann (1951), "Various techniques used in connection with random digits" (rejection).
+    """
+    digests = [sha256(f"thin {each}".encode()).digest()[:8] for each in ids]
+    draws = np.array([int.from_bytes(each) / 2**64 for each in digests])
+    return np.asarray(draws * inclusion < inclusion.min(initial=1.0))
+
+
+def certify(
+    scores: Floats,
+    labels: Bools,
+    guide_scores: Floats,
+    guide_labels: Bools,
+    *,
+    alpha: float,
+    delta: float,
+) -> Found:
+    """The least threshold that is certified, with the order of tests learnt on the guide.
+
+    Parameters
+    ----------
+    scores, labels : n scores in [0, 1] and labels
+        A plain random sample of what will be decided on (`thinned`).
+    guide_scores, guide_labels : other labels with scores of the same scale
+        They cost power if they mislead, never the promise.
+    alpha, delta : in (0, 1)
+
+    Returns
+    -------
+    Found
+        With probability at least 1 - delta over the sample, R(threshold) <= alpha.
+
+    Notes
+    -----
+    The thresholds that are tested lie at every 50th of the guide, so that how many labels lie above one
+    is chance and the errors among them are binomial, exactly, ties or not. The guide's curve says at
+    which of them a test would most probably pass, and at which probability times share is largest. Each
+    of the two gets half of delta. From there the tests go on to lower thresholds; each hands on to the
+    next what it had, as long as it passes.
+    """
+    _check(scores, labels, alpha, delta)
+    if not len(guide_scores):
+        raise CalibrationError("there are no labels left to learn the order of the tests from")
+    steps = _Steps(scores, labels, guide_scores)
+    curve = _Curve.fit(guide_scores, guide_labels)
+    at = _fallback(steps, curve, alpha, delta)
+    n = len(scores)
+    if at is not None:
+        accepted, errors = int(steps.n[at]), int(steps.errors[at])
+        bound = float(betaincinv(errors + 1, accepted - errors, 1 - delta))
+        return Found(float(steps.thresholds[at]), n, accepted, errors, bound)
+    best = _least_alpha(lambda a: _fallback(steps, curve, a, delta) is not None, alpha)
+    return Found(None, n, best_alpha=best, more_labels=_more_labels(curve, scores, alpha, delta))
+
+
+def estimate_threshold(
+    scores: Floats, labels: Bools, weights: Floats, *, alpha: float, delta: float
+) -> Found:
+    """The least threshold whose error is estimated to be at most alpha, at confidence 1 - delta.
+
+    `weights` >= 0 are inverse to the probability with which a label came, up to a factor.
+
+    Notes
+    -----
+    A logistic curve with a few bends, shrunk a little, gives the probability of an error over the
+    log-odds of the score, and so R(t) at every t; its upper limit is by the delta method on the
+    logarithm, with the covariance that allows for weights and for a curve that does not fit. As a
+    safeguard against a curve that is wrong, the labels themselves must say so too: the exact upper
+    limit at 80 % must not exceed alpha, on as many labels as the weights are worth.
+
+    References
+    ----------
+    Delta method and robust covariance: White (1982), "Maximum Likelihood Estimation of Misspecified
+    Models". What weighted labels are worth: Kish (1965), "Survey Sampling", section 11.7.
+    """
+    _check(scores, labels, alpha, delta)
+    order = _Prefixes(scores, labels, weights)
+    curve = _Curve.fit(scores, labels, weights)
+    bound = np.maximum(
+        curve.upper(scores, weights, order, SMOOTH_LEVEL * delta),
+        order.upper(SAFEGUARD),
+    )
+    passed = np.flatnonzero(bound <= alpha)
+    if len(passed):
+        at = int(passed[-1])
+        return Found(
+            float(order.values[at]),
+            len(scores),
+            int(order.counts[at]),
+            int(order.error_counts[at]),
+            float(bound[at]),
+        )
+    best = float(bound[order.n >= _LEAST_SHARE * order.n[-1]].min())
+    more = _more_labels(curve, scores, alpha, delta)
+    return Found(None, len(scores), best_alpha=best if alpha < best < 1 else None, more_labels=more)
+
+
+SMOOTH_LEVEL = 2.0
+SAFEGUARD = 0.2
+
+
+def _check(scores: Floats, labels: Bools, alpha: float, delta: float) -> None:
+    if not 0.0 < alpha < 1.0 or not 0.0 < delta < 1.0:
+        raise CalibrationError(f"alpha ({alpha}) and delta ({delta}) must lie between 0 and 1")
+    if len(scores) != len(labels) or not len(scores):
+        raise CalibrationError(f"{len(scores)} scores and {len(labels)} labels do not go together")
+
+
+class _Prefixes:
+    """What scores at least each distinct value, from the highest down."""
+
+    def __init__(self, scores: Floats, labels: Bools, weights: Floats | None = None) -> None:
+        values, at = np.unique(scores, return_inverse=True)
+        self.values: Floats = values[::-1]
+        self.counts = np.bincount(at)[::-1].cumsum()
+        self.error_counts = np.bincount(at, weights=~labels)[::-1].cumsum().round().astype(int)
+        if weights is None:
+            self.n: Floats = self.counts.astype(float)
+            self.errors: Floats = self.error_counts.astype(float)
+        else:
+            mass = np.bincount(at, weights=weights)[::-1].cumsum()
+            squared = np.bincount(at, weights=weights**2)[::-1].cumsum()
+            wrong = np.bincount(at, weights=weights * ~labels)[::-1].cumsum()
+            self.n = mass**2 / np.maximum(squared, 1e-300)
+            self.errors = self.n * wrong / np.maximum(mass, 1e-300)
+
+    def upper(self, tail: float) -> Floats:
+        """The exact upper limit of the share of errors at 1 - tail, for each value."""
+        rest = self.n - self.errors
+        return np.where(
+            rest <= 1e-9, 1.0, betaincinv(self.errors + 1, np.maximum(rest, 1e-9), 1 - tail)
+        )
+
+
+class _Steps:
+    """The thresholds to test, from the highest down, and the labels at or above each."""
+
+    def __init__(self, scores: Floats, labels: Bools, guide: Floats) -> None:
+        shares = 1 - np.arange(1, _STEPS) / _STEPS
+        self.thresholds = np.unique([*np.quantile(guide, shares, method="nearest"), 0.0])[::-1]
+        self.ranked = np.sort(scores)[::-1]
+        self.n = _at_least(scores, self.thresholds)
+        self.errors = _at_least(scores[~labels], self.thresholds)
+
+
+def _at_least(scores: Floats, thresholds: Floats) -> NDArray[np.intp]:
+    return len(scores) - np.searchsorted(np.sort(scores), thresholds)
+
+
+def _fallback(steps: _Steps, curve: _Curve, alpha: float, delta: float) -> int | None:
+    """The last step that passes, None if none does."""
+    power = curve.power(steps.ranked, steps.n, alpha, delta / 2)
+    if not power.any():
+        return None
+    share = np.zeros(len(power))
+    share[np.argmax(power)] += 0.5
+    share[np.argmax(power * steps.n)] += 0.5
+    chance = np.where(steps.n > 0, bdtr(steps.errors, np.maximum(steps.n, 1), alpha), 1.0)
+    level, last = 0.0, None
+    for step, own in enumerate(share):
+        level += delta * own
+        if level > 0 and chance[step] <= level:
+            last = step
+        else:
+            level = 0.0
+    return last
+
+
+class _Curve:
+    """A smooth probability of an error over the score, with what is not known of it."""
+
+    def __init__(self, centre: float, spread: float, bends: Floats, w: Floats, cov: Floats):
+        self._centre, self._spread, self._bends = centre, spread, bends
+        self._w, self._cov = w, cov
+
+    @classmethod
+    def fit(cls, scores: Floats, labels: Bools, weights: Floats | None = None) -> _Curve:
+        odds = _log_odds(scores)
+        mass = np.ones(len(odds)) if weights is None else weights / weights.mean()
+        centre, spread = float(np.average(odds, weights=mass)), float(odds.std()) + 1e-9
+        z = (odds - centre) / spread
+        bends = np.unique(np.quantile(z, np.arange(1, _BENDS + 1) / (_BENDS + 1)))
+        curve = cls(centre, spread, bends[bends < z.max() - 1e-9], np.zeros(0), np.zeros((0, 0)))
+        basis = curve._basis(scores)
+        error = (~labels).astype(float)
+        penalty = np.full(basis.shape[1], _RIDGE)
+        penalty[0] = 1e-6
+        start = (np.average(error, weights=mass) * len(z) + 0.5) / (len(z) + 1)
+        w = np.zeros(basis.shape[1])
+        w[0] = np.log(start / (1 - start))
+        for _ in range(50):
+            q = expit(basis @ w)
+            hessian = (basis * (mass * np.maximum(q * (1 - q), 1e-9))[:, None]).T @ basis
+            hessian += np.diag(penalty)
+            step = np.linalg.solve(hessian, basis.T @ (mass * (error - q)) - penalty * w)
+            w = w + step * min(1.0, 5.0 / max(float(np.abs(step).max()), 1e-12))
+            if np.abs(step).max() < 1e-8:
+                break
+        q = expit(basis @ w)
+        # Weights count twice in the noise and once in the curvature.
+        meat = (basis * (mass**2 * q * (1 - q))[:, None]).T @ basis + np.diag(penalty)
+        bread = np.linalg.inv((basis * (mass * q * (1 - q))[:, None]).T @ basis + np.diag(penalty))
+        curve._w, curve._cov = w, bread @ meat @ bread
+        return curve
+
+    def _basis(self, scores: Floats) -> Floats:
+        z = (_log_odds(scores) - self._centre) / self._spread
+        hinges = [np.maximum(z - bend, 0.0) for bend in self._bends]
+        return np.column_stack([np.ones_like(z), z, *hinges])
+
+    def risk(self, scores: Floats) -> Floats:
+        """R at each of n scores, from the highest down, as the curve has it."""
+        ranked = np.sort(scores)[::-1]
+        q = expit(self._basis(ranked) @ self._w)
+        return np.asarray(q.cumsum() / np.arange(1, len(q) + 1))
+
+    def upper(self, scores: Floats, weights: Floats, order: _Prefixes, tail: float) -> Floats:
+        """The upper limit of R at each distinct score, from the highest down."""
+        ranked = np.argsort(-scores, kind="stable")
+        basis, mass = self._basis(scores[ranked]), weights[ranked]
+        q = expit(basis @ self._w)
+        total = np.maximum(mass.cumsum(), 1e-300)
+        risk = np.maximum((mass * q).cumsum() / total, 1e-12)
+        slope = ((mass * q * (1 - q))[:, None] * basis).cumsum(axis=0) / total[:, None]
+        deviation = np.sqrt(np.einsum("ij,jk,ik->i", slope, self._cov, slope))
+        limit = risk * np.exp(np.minimum(-ndtri(tail) * deviation / risk, 50.0))
+        return np.asarray(np.minimum(limit, 1.0)[order.counts - 1])
+
+    def power(self, ranked: Floats, counts: NDArray[np.intp], alpha: float, level: float) -> Floats:
+        """How probably an exact test of the first of the ranked scores passes, for each count of them.
+
+        Averaged over what is not known of the curve.
+        """
+        noise = np.random.default_rng(0).normal(size=(len(self._w), 64))
+        root = np.linalg.cholesky(self._cov + 1e-12 * np.eye(len(self._w)))
+        q = expit(self._basis(ranked) @ (self._w[:, None] + root @ noise))
+        n = np.maximum(counts, 1).astype(float)
+        risk = np.clip(q.cumsum(axis=0)[np.maximum(counts, 1) - 1] / n[:, None], 1e-9, 1.0)
+        allowed = np.where(counts > 0, _allowed(n, alpha, level), -1.0)
+        chance = bdtr(np.maximum(allowed, 0.0)[:, None], n[:, None], risk)
+        return np.asarray(np.where(allowed[:, None] < 0, 0.0, chance).mean(axis=1))
+
+
+def _log_odds(scores: Floats) -> Floats:
+    clipped = np.clip(scores, CLIP, 1 - CLIP)
+    return np.asarray(np.log(clipped / (1 - clipped)))
+
+
+def _allowed(n: Floats, alpha: float, level: float) -> Floats:
+    """The most errors among n with which a test at the level passes; -1 if not even none would do."""
+    low, high = np.full(len(n), -1.0), np.floor(n * alpha)
+    while (low < high).any():
+        middle = np.ceil((low + high) / 2)
+        passes = bdtr(np.maximum(middle, 0.0), n, alpha) <= level
+        low, high = np.where(passes, middle, low), np.where(passes, high, middle - 1)
+    return low
+
+
+def _least_alpha(passes: Callable[[float], bool], alpha: float) -> float | None:
+    """About the least alpha above this one that passes."""
+    low, high = alpha, 0.99
+    if not passes(high):
+        return None
+    for _ in range(12):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if passes(middle) else (middle, high)
+    return float(high)
+
+
+def _more_labels(curve: _Curve, scores: Floats, alpha: float, delta: float) -> int | None:
+    """About how many labels more a test would pass with, if the curve were the truth."""
+    risk = curve.risk(scores)
+    share = np.arange(1, len(risk) + 1) / len(risk)
+    some = np.unique(np.linspace(0, len(risk) - 1, 100).astype(int))
+    some = some[share[some] >= _LEAST_SHARE]
+    risk, share = risk[some], share[some]
+    if not len(risk) or risk.min() >= alpha:
+        return None
+
+    def enough(n: int) -> bool:
+        accepted = np.floor(n * share)
+        allowed = _allowed(accepted, alpha, delta / 2)
+        power = np.where(allowed < 0, 0.0, bdtr(np.maximum(allowed, 0), accepted, risk))
+        return bool(power.max() >= _POWER)
+
+    low, high = len(scores), 2 * len(scores)
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > _MOST_LABELS:
+            return None
+    while high - low > max(low // 50, 1):
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high - len(scores)
