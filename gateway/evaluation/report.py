@@ -6,7 +6,7 @@ script, and the browser may fetch nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from rich.table import Table
 
 from gateway.evaluation.figures import Calibration, Figures, Pair, scored
+from gateway.pages import page, table
 from policies.agreement import Confusion, Measure
 from validators import Outcome
 
@@ -176,9 +177,9 @@ def html_report(
     ]
     body = [
         f"<h1>Judge {escape(figures.judge)}</h1>",
-        _table((), [*about, ("measured", at.isoformat(timespec="seconds"))]),
+        table((), [*about, ("measured", at.isoformat(timespec="seconds"))]),
         "<h2>Figures</h2>",
-        _table(
+        table(
             ("figure", "value", "what it says"),
             [(row.name, row.figure, row.meaning) for row in rows_of(figures)],
         ),
@@ -186,17 +187,11 @@ def html_report(
     ]
     if len(figures.groups) > 1:
         names = ("group", "labels", "agreement", "false accepts")
-        body += ["<h2>Groups</h2>", _table(names, group_rows(figures))]
+        body += ["<h2>Groups</h2>", table(names, group_rows(figures))]
     if labelled:
         body += ["<h2>Scores</h2>", _plots(scored(labelled), figures.calibration)]
         body += ["<h2>Where people differ</h2>", _disagreements(labelled)]
-    return _PAGE.replace("BODY", "\n".join(body)).replace("PLOTLY", get_plotlyjs(), 1)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    lines = (f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table>{f'<tr>{top}</tr>' if head else ''}{''.join(lines)}</table>"
+    return page("Holdgate: judge report", body, script=get_plotlyjs())
 
 
 def _plots(rows: Sequence[tuple[float, bool]], calibration: Calibration | None) -> str:
@@ -284,30 +279,8 @@ def _disagreements(labelled: Sequence[Pair]) -> str:
     ]
     shown = f"<p>{len(wrong)} of {len(labelled)}; the surest {len(rows)} are shown.</p>"
     head = ("case", "people", "judge", "answer", "the judge's reason")
-    return shown + (_table(head, rows) if rows else "")
+    return shown + (table(head, rows) if rows else "")
 
 
 def _excerpt(text: str) -> str:
     return text if len(text) <= _EXCERPT_CHARS else text[:_EXCERPT_CHARS] + " …"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
-style-src 'unsafe-inline'; img-src data: blob:">
-<title>Holdgate: judge report</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { border-bottom: 1px solid #ccc; padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; }
-td { white-space: pre-wrap; overflow-wrap: anywhere; }
-</style>
-<script>PLOTLY</script>
-</head>
-<body>
-BODY
-</body>
-</html>
-"""
