@@ -21,6 +21,7 @@ import structlog
 from gateway.audits import artefact_of
 from gateway.errors import StoreError
 from gateway.ports import Clock, LivePolicies, Store
+from gateway.quality import measured, numbers
 from gateway.records import Alarm, Label, LabelSource, Observed, Standing
 from gateway.telemetry import Metrics
 from policies import Action, AuditLevel, Calibrator, Policy
@@ -195,6 +196,7 @@ class Monitors:
         self._metrics = metrics
         self._new_id = new_id
         self._watches: dict[str, _Watch] = {}
+        self._measured_s = -FLUSH_S
 
     async def run(self) -> None:
         """Look every TICK_S seconds until cancelled."""
@@ -202,6 +204,7 @@ class Monitors:
             await asyncio.sleep(TICK_S)
             try:
                 await self.tick()
+                await self.measure()
             except StoreError as error:
                 _log.warning("monitors_not_fed", error=error.message)
 
@@ -217,6 +220,18 @@ class Monitors:
             except StoreError:
                 del self._watches[policy.policy]
                 raise
+
+    async def measure(self) -> None:
+        """Bring the metrics that Prometheus reads up to date, if it is time. Raises `StoreError`."""
+        now_s = self._clock.monotonic_s()
+        if now_s - self._measured_s < FLUSH_S:
+            return
+        self._measured_s = now_s
+        since = self._clock.now() - timedelta(hours=24)
+        policies, calibrators = self._policies.current.policies, self._policies.calibrators
+        for name, each in (await measured(self._store, policies, calibrators, since)).items():
+            for metric, value in numbers(each).items():
+                self._metrics.quality.labels(name, metric).set(value)
 
     async def close(self) -> None:
         """Write what is remembered."""

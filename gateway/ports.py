@@ -22,6 +22,7 @@ from gateway.records import (
     Resolution,
     Spend,
     Standing,
+    Tally,
     TaskRecord,
     TaskState,
 )
@@ -122,11 +123,17 @@ class Store(Protocol):
     async def labels_since(self, at: datetime) -> Sequence[Label]:
         """The labels given since then, oldest first."""
 
+    async def label_counts(self) -> Mapping[str, tuple[int, int]]:
+        """By policy, how many decisions were judged, and how many of them somebody found not acceptable."""
+
     async def labelled(self, after: str, limit: int) -> Sequence[LabelledDecision]:
         """Decisions that were judged, each with its labels reduced to one, in order of their ids.
 
         Those after the given decision id ("" for the first).
         """
+
+    async def tallies(self, since: datetime) -> Sequence[Tally]:
+        """How many answered decisions of each policy came to each action since then, from an index alone."""
 
     async def observed(
         self, label: str, after: tuple[datetime, str], until: datetime, limit: int

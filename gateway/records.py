@@ -86,8 +86,8 @@ class DecisionRecord:
     `request` and `response` are the original JSON bodies (a stream is stored as the equivalent non-stream body); either is
     None where the policy keeps no content, or after erasure. `detail` is the whole `policies.decision.Decision` and the
     evidence as JSON. `fingerprint` identifies the same call made again (key, idempotency key or body). `status` is the
-    upstream's HTTP status, 0 if there was no response. `intended` is the action that enforce mode takes, None if it is not
-    known. `inclusion` is the probability with which the response was to be reviewed, `inclusion_floor` the lowest that any
+    upstream's HTTP status, 0 if there was no response. `intended` is the action that enforce mode takes, None if there was
+    no answer to decide on. `inclusion` is the probability with which the response was to be reviewed, `inclusion_floor` the lowest that any
     response of the policy had at the time; 0 if nobody was to review any.
     """
 
@@ -282,6 +282,15 @@ class Alarm:
     message: str
     evidence: dict[str, JSON]
     cleared_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How many answered decisions of a policy (its name) came to an action, as enforce mode takes it."""
+
+    policy: str
+    intended: Action
+    decisions: int
 
 
 @dataclass(frozen=True, slots=True)

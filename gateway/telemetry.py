@@ -95,6 +95,13 @@ class Metrics:
             ("webhook", "outcome"),
             registry=registry,
         )
+        self.quality = Gauge(
+            "holdgate_quality",
+            "The metrics of docs/metrics.md over the last 24 hours, by policy; all policies without one.",
+            ("policy", "metric"),
+            multiprocess_mode="livemostrecent",
+            registry=registry,
+        )
         self.review_seconds = Histogram(
             "holdgate_review_seconds",
             "Time from a task's creation to its resolution.",

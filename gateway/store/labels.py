@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, select
+from sqlalchemy import Connection, RowMapping, case, func, select
 from sqlalchemy import insert as sql_insert
 
 from gateway.errors import NotFound
@@ -110,6 +110,15 @@ def since(connection: Connection, at: datetime) -> list[Label]:
     """The labels given since then, oldest first."""
     query = select(labels).where(labels.c.at >= micros(at)).order_by(labels.c.at, labels.c.seq)
     return [label_record(row) for row in connection.execute(query).mappings()]
+
+
+def counts(connection: Connection) -> dict[str, tuple[int, int]]:
+    """By policy, how many decisions were judged, and how many of them somebody found not acceptable."""
+    decision = labels.c.decision_id
+    wrong = case((labels.c.acceptable.is_(False), decision))
+    query = select(labels.c.policy, func.count(decision.distinct()), func.count(wrong.distinct()))
+    rows = connection.execute(query.group_by(labels.c.policy))
+    return {policy: (judged, bad) for policy, judged, bad in rows}
 
 
 def labelled(connection: Connection, after: str, limit: int) -> list[LabelledDecision]:

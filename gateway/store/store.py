@@ -30,6 +30,7 @@ from gateway.records import (
     Resolution,
     Spend,
     Standing,
+    Tally,
     TaskRecord,
     TaskState,
 )
@@ -244,9 +245,17 @@ class SqlStore:
         """The labels given since then, oldest first."""
         return await self._engine.read(partial(labelling.since, at=at))
 
+    async def label_counts(self) -> Mapping[str, tuple[int, int]]:
+        """By policy, how many decisions were judged, and how many of them somebody found not acceptable."""
+        return await self._engine.read(labelling.counts)
+
     async def labelled(self, after: str, limit: int) -> Sequence[LabelledDecision]:
         """Decisions that were judged, in order of their ids, those after the given id ("" for the first)."""
         return await self._engine.read(partial(labelling.labelled, after=after, limit=limit))
+
+    async def tallies(self, since: datetime) -> Sequence[Tally]:
+        """How many answered decisions of each policy came to each action since then."""
+        return await self._engine.read(partial(economics.tallies, at=since))
 
     async def observed(
         self, label: str, after: tuple[datetime, str], until: datetime, limit: int
