@@ -216,7 +216,7 @@ class NewLabel:
     """What somebody says of a response: whether it was acceptable as it was.
 
     `weight` in (0, 1] is the trust in it. `inclusion` in (0, 1] is the probability with which the response came to be judged;
-    None stands for that of its review task, and without one it is not known: nobody drew it. `blind` says that the labeller
+    None stands for that of its review task where a reviewer says it, and otherwise for not known: nobody drew it. `blind` says that the labeller
     saw neither confidence nor verdicts. `task_id` is the task that was resolved with it.
     """
 

@@ -11,7 +11,7 @@ from sqlalchemy import insert as sql_insert
 
 from gateway.errors import NotFound
 from gateway.labels import by_decision, latest, reduced
-from gateway.records import DecisionRecord, Label, LabelledDecision, NewLabel
+from gateway.records import DecisionRecord, Label, LabelledDecision, LabelSource, NewLabel
 from gateway.store.decisions import log, with_ids
 from gateway.store.rows import audit_row, label_record, micros, text
 from gateway.store.schema import decisions, labels, tasks
@@ -43,7 +43,8 @@ def add(connection: Connection, given: Sequence[NewLabel]) -> int:
     for each in given:
         key = each.decision_id, text(each.labeller)
         before = new.get(key) or said.get(key)
-        if before is None or _content(before) != _content(each):
+        is_known = before is not None and _content(before) == _content(each)
+        if not is_known or (each.inclusion not in (None, before and before.inclusion)):
             new[key] = each
     insert(connection, list(new.values()))
     entries = []
@@ -60,7 +61,7 @@ def add(connection: Connection, given: Sequence[NewLabel]) -> int:
 
 def _content(label: NewLabel) -> tuple[Any, ...]:
     comment = label.comment and text(label.comment)
-    return label.source, label.acceptable, label.weight, label.inclusion, label.blind, comment
+    return label.source, label.acceptable, label.weight, label.blind, comment
 
 
 def insert(connection: Connection, given: Sequence[NewLabel]) -> None:
@@ -78,7 +79,9 @@ def insert(connection: Connection, given: Sequence[NewLabel]) -> None:
 
 
 def _row(label: NewLabel, decision: RowMapping) -> dict[str, Any]:
-    inclusion = decision["inclusion"] if label.inclusion is None else label.inclusion
+    inclusion = label.inclusion
+    if inclusion is None and label.source in (LabelSource.REVIEW, LabelSource.AUDIT):
+        inclusion = decision["inclusion"]
     floor = decision["inclusion_floor"] or inclusion
     return {
         "decision_id": label.decision_id,
