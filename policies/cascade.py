@@ -92,7 +92,12 @@ def next_step(
     `suspended` is as for `estimate`.
     """
     known = estimate(
-        policy, evidence, model=exchange.model, calibrator=calibrator, suspended=suspended
+        policy,
+        evidence,
+        model=exchange.model,
+        calibrator=calibrator,
+        task=exchange.task,
+        suspended=suspended,
     )
     variables = Variables(
         exchange, results=evidence.results, score=known.score, confidence=known.confidence

@@ -82,7 +82,7 @@ def _row(label: NewLabel, decision: RowMapping) -> dict[str, Any]:
     inclusion = label.inclusion
     if inclusion is None and label.source in (LabelSource.REVIEW, LabelSource.AUDIT):
         inclusion = decision["inclusion"]
-    floor = decision["inclusion_floor"] or inclusion
+    floor = None if inclusion is None else min(decision["inclusion_floor"] or inclusion, inclusion)
     return {
         "decision_id": label.decision_id,
         "task_id": label.task_id,
@@ -92,7 +92,7 @@ def _row(label: NewLabel, decision: RowMapping) -> dict[str, Any]:
         "acceptable": label.acceptable,
         "weight": label.weight,
         "inclusion": inclusion,
-        "inclusion_floor": None if inclusion is None else min(floor, inclusion),
+        "inclusion_floor": floor,
         "blind": label.blind,
         "comment": label.comment and text(label.comment),
         "policy": decision["policy"].partition("@")[0],

@@ -179,6 +179,8 @@ async def test_cleared_alarms_are_kept_and_no_longer_open(store: SqlStore) -> No
 
 
 _DOWN = (
+    "DROP TABLE deliveries",
+    "DROP TABLE marks",
     "DROP TABLE labels",
     "DROP TABLE standings",
     "DROP TABLE alarms",
