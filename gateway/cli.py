@@ -15,6 +15,7 @@ from rich.table import Table
 
 from gateway import __version__, economics
 from gateway.auth import new_key
+from gateway.calibrating.commands import calibrate
 from gateway.evaluation.commands import judge
 from gateway.operating import labels, resume, status, with_store
 from gateway.recording import new_id
@@ -31,13 +32,12 @@ app = typer.Typer(
     help="Checks what a model said before anybody acts on it.",
 )
 policy = typer.Typer(no_args_is_help=True, help="Check policies and help editors with them.")
-calibrate = typer.Typer(no_args_is_help=True, help="Bring confidence into force and out of it.")
 key = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 app.add_typer(policy, name="policy")
 app.add_typer(key, name="key")
 app.add_typer(judge, name="judge")
-app.add_typer(labels, name="labels")
 app.add_typer(calibrate, name="calibrate")
+app.add_typer(labels, name="labels")
 app.command()(status)
 calibrate.command()(resume)
 
