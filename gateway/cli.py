@@ -19,6 +19,7 @@ from gateway import __version__, economics
 from gateway.auth import new_key
 from gateway.errors import GatewayError
 from gateway.evaluation.commands import judge
+from gateway.learning.commands import export, learn
 from gateway.recording import new_id
 from gateway.records import Role
 from gateway.settings import PACKAGED_CONFIG
@@ -39,6 +40,8 @@ key = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 app.add_typer(policy, name="policy")
 app.add_typer(key, name="key")
 app.add_typer(judge, name="judge")
+app.add_typer(learn, name="learn")
+app.command()(export)
 
 
 def main() -> None:
