@@ -290,12 +290,9 @@ class Calibrator(Part):
                 )
         return self
 
-    def certificate(self, tier: RiskTier, task: str | None = None) -> Certificate | None:
-        """The one that is for responses of this tier and task, None if there is none."""
-        for each in self.certificates:
-            if each.tier in (None, tier) and each.task in (None, task):
-                return each
-        return None
+    def certified_for(self, task: str | None) -> tuple[Certificate, ...]:
+        """The certificates for responses of a task: at most one for each tier."""
+        return tuple(each for each in self.certificates if each.task in (None, task))
 
     @model_validator(mode="after")
     def _names_its_judges(self) -> Calibrator:
@@ -350,6 +347,11 @@ class Calibrator(Part):
         """
         scores = [self.score.of(values), *check_scores]
         return 0.0 if isnan(sum(scores)) else self.calibrator.apply(min(scores))
+
+
+def certificate_for(certificates: Iterable[Certificate], tier: RiskTier) -> Certificate | None:
+    """The first of them that is for a tier, None if none is."""
+    return next((each for each in certificates if each.tier in (None, tier)), None)
 
 
 def is_calibrator(text: str) -> bool:

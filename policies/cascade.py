@@ -89,7 +89,9 @@ def next_step(
     `draw` in [0, 1) is the random number that `decide` takes. Each stage makes its own of it, so
     that stages and audit are sampled independently of each other, and again in the same way.
     """
-    known = estimate(policy, evidence, model=exchange.model, calibrator=calibrator)
+    known = estimate(
+        policy, evidence, model=exchange.model, calibrator=calibrator, task=exchange.task
+    )
     variables = Variables(
         exchange, results=evidence.results, score=known.score, confidence=known.confidence
     )

@@ -125,15 +125,15 @@ def certify(
     _check(scores, labels, alpha, delta)
     if not len(guide_scores):
         raise CalibrationError("there are no labels left to learn the order of the tests from")
-    steps = _Steps(scores, labels, guide_scores)
     curve = _Curve.fit(guide_scores, guide_labels)
-    at = _fallback(steps, curve, alpha, delta)
+    steps = _Steps(scores, labels, guide_scores, curve)
+    at = _fallback(steps, alpha, delta)
     n = len(scores)
     if at is not None:
         accepted, errors = int(steps.n[at]), int(steps.errors[at])
         bound = float(betaincinv(errors + 1, accepted - errors, 1 - delta))
         return Found(float(steps.thresholds[at]), n, accepted, errors, bound)
-    best = _least_alpha(lambda a: _fallback(steps, curve, a, delta) is not None, alpha)
+    best = _least_alpha(lambda a: _fallback(steps, a, delta) is not None, alpha)
     return Found(None, n, best_alpha=best, more_labels=_more_labels(curve, scores, alpha, delta))
 
 
@@ -190,6 +190,34 @@ def _check(scores: Floats, labels: Bools, alpha: float, delta: float) -> None:
         raise CalibrationError(f"{len(scores)} scores and {len(labels)} labels do not go together")
 
 
+def ridge(features: Floats, truth: Floats, mass: Floats, penalty: Floats) -> Floats:
+    """The weights that minimise log loss plus half the penalised squares, by Newton's method.
+
+    Parameters
+    ----------
+    features : n rows of k finite values, a column of ones for the intercept among them
+    truth : n values, 0 or 1
+    mass : n weights of the rows
+    penalty : k values > 0, those of the intercept next to nothing
+
+    References
+    ----------
+    le Cessie and van Houwelingen (1992), "Ridge Estimators in Logistic Regression".
+    """
+    w = np.zeros(features.shape[1])
+    for _ in range(100):
+        q = expit(features @ w)
+        curvature = (features * (mass * np.maximum(q * (1 - q), 1e-9))[:, None]).T @ features
+        slope = features.T @ (mass * (truth - q)) - penalty * w
+        step = np.linalg.solve(curvature + np.diag(penalty), slope)
+        furthest = float(np.abs(step).max())
+        # Far from the minimum the parabola misleads.
+        w = w + step * min(1.0, 5.0 / max(furthest, 1e-12))
+        if furthest < 1e-9:
+            break
+    return w
+
+
 class _Prefixes:
     """What scores at least each distinct value, from the highest down."""
 
@@ -219,21 +247,28 @@ class _Prefixes:
 class _Steps:
     """The thresholds to test, from the highest down, and the labels at or above each."""
 
-    def __init__(self, scores: Floats, labels: Bools, guide: Floats) -> None:
+    def __init__(self, scores: Floats, labels: Bools, guide: Floats, curve: _Curve) -> None:
         shares = 1 - np.arange(1, _STEPS) / _STEPS
         self.thresholds = np.unique([*np.quantile(guide, shares, method="nearest"), 0.0])[::-1]
-        self.ranked = np.sort(scores)[::-1]
         self.n = _at_least(scores, self.thresholds)
         self.errors = _at_least(scores[~labels], self.thresholds)
+        self._risk = curve.drawn(np.sort(scores)[::-1], self.n)
+
+    def power(self, alpha: float, level: float) -> Floats:
+        """How probably an exact test of each threshold passes, averaged over what the guide leaves open."""
+        n = np.maximum(self.n, 1)
+        allowed = np.where(self.n > 0, _allowed(n.astype(float), alpha, level), -1.0)
+        chance = bdtr(np.maximum(allowed, 0.0)[:, None], n[:, None], self._risk)
+        return np.asarray(np.where(allowed[:, None] < 0, 0.0, chance).mean(axis=1))
 
 
 def _at_least(scores: Floats, thresholds: Floats) -> NDArray[np.intp]:
     return len(scores) - np.searchsorted(np.sort(scores), thresholds)
 
 
-def _fallback(steps: _Steps, curve: _Curve, alpha: float, delta: float) -> int | None:
+def _fallback(steps: _Steps, alpha: float, delta: float) -> int | None:
     """The last step that passes, None if none does."""
-    power = curve.power(steps.ranked, steps.n, alpha, delta / 2)
+    power = steps.power(alpha, delta / 2)
     if not power.any():
         return None
     share = np.zeros(len(power))
@@ -269,17 +304,7 @@ class _Curve:
         error = (~labels).astype(float)
         penalty = np.full(basis.shape[1], _RIDGE)
         penalty[0] = 1e-6
-        start = (np.average(error, weights=mass) * len(z) + 0.5) / (len(z) + 1)
-        w = np.zeros(basis.shape[1])
-        w[0] = np.log(start / (1 - start))
-        for _ in range(50):
-            q = expit(basis @ w)
-            hessian = (basis * (mass * np.maximum(q * (1 - q), 1e-9))[:, None]).T @ basis
-            hessian += np.diag(penalty)
-            step = np.linalg.solve(hessian, basis.T @ (mass * (error - q)) - penalty * w)
-            w = w + step * min(1.0, 5.0 / max(float(np.abs(step).max()), 1e-12))
-            if np.abs(step).max() < 1e-8:
-                break
+        w = ridge(basis, error, mass, penalty)
         q = expit(basis @ w)
         # Weights count twice in the noise and once in the curvature.
         meat = (basis * (mass**2 * q * (1 - q))[:, None]).T @ basis + np.diag(penalty)
@@ -310,19 +335,13 @@ class _Curve:
         limit = risk * np.exp(np.minimum(-ndtri(tail) * deviation / risk, 50.0))
         return np.asarray(np.minimum(limit, 1.0)[order.counts - 1])
 
-    def power(self, ranked: Floats, counts: NDArray[np.intp], alpha: float, level: float) -> Floats:
-        """How probably an exact test of the first of the ranked scores passes, for each count of them.
-
-        Averaged over what is not known of the curve.
-        """
-        noise = np.random.default_rng(0).normal(size=(len(self._w), 64))
+    def drawn(self, ranked: Floats, counts: NDArray[np.intp]) -> Floats:
+        """R of the first of the ranked scores, for each of k counts of them: 32 draws from what the curve may be."""
+        noise = np.random.default_rng(0).normal(size=(len(self._w), 32))
         root = np.linalg.cholesky(self._cov + 1e-12 * np.eye(len(self._w)))
         q = expit(self._basis(ranked) @ (self._w[:, None] + root @ noise))
-        n = np.maximum(counts, 1).astype(float)
-        risk = np.clip(q.cumsum(axis=0)[np.maximum(counts, 1) - 1] / n[:, None], 1e-9, 1.0)
-        allowed = np.where(counts > 0, _allowed(n, alpha, level), -1.0)
-        chance = bdtr(np.maximum(allowed, 0.0)[:, None], n[:, None], risk)
-        return np.asarray(np.where(allowed[:, None] < 0, 0.0, chance).mean(axis=1))
+        n = np.maximum(counts, 1)
+        return np.asarray(np.clip(q.cumsum(axis=0)[n - 1] / n[:, None], 1e-9, 1.0))
 
 
 def _log_odds(scores: Floats) -> Floats:
@@ -335,7 +354,7 @@ def _allowed(n: Floats, alpha: float, level: float) -> Floats:
     low, high = np.full(len(n), -1.0), np.floor(n * alpha)
     while (low < high).any():
         middle = np.ceil((low + high) / 2)
-        passes = bdtr(np.maximum(middle, 0.0), n, alpha) <= level
+        passes = bdtr(np.maximum(middle, 0.0), n.astype(int), alpha) <= level
         low, high = np.where(passes, middle, low), np.where(passes, high, middle - 1)
     return low
 
@@ -345,7 +364,7 @@ def _least_alpha(passes: Callable[[float], bool], alpha: float) -> float | None:
     low, high = alpha, 0.99
     if not passes(high):
         return None
-    for _ in range(12):
+    for _ in range(8):
         middle = (low * high) ** 0.5
         low, high = (low, middle) if passes(middle) else (middle, high)
     return float(high)
@@ -364,7 +383,7 @@ def _more_labels(curve: _Curve, scores: Floats, alpha: float, delta: float) -> i
     def enough(n: int) -> bool:
         accepted = np.floor(n * share)
         allowed = _allowed(accepted, alpha, delta / 2)
-        power = np.where(allowed < 0, 0.0, bdtr(np.maximum(allowed, 0), accepted, risk))
+        power = np.where(allowed < 0, 0.0, bdtr(np.maximum(allowed, 0), accepted.astype(int), risk))
         return bool(power.max() >= _POWER)
 
     low, high = len(scores), 2 * len(scores)

@@ -10,6 +10,7 @@ from typing import cast
 import orjson
 
 from policies.auditing import AuditLevel, audit_floor, audit_rate, stops
+from policies.calibration import certificate_for
 from policies.evidence import ConfidenceSource, Estimate, Evidence, Reason
 from policies.model import Action, AnyCheck, Band, Cell, Mode, Policy, RiskTier, Stage
 from policies.risk import RiskAssessment
@@ -276,9 +277,11 @@ def _matrix(policy: Policy, tier: RiskTier, estimate: Estimate) -> tuple[Band | 
     """The band, what the matrix demands, and its cell."""
     row = policy.matrix.of(tier)
     if estimate.confidence is not None:
-        where = band(estimate.confidence, policy.thresholds, tier)
+        where = band(estimate.confidence, policy.thresholds, tier, estimate.certificates)
         cell = row.of(where)
         message = f"tier {tier}, confidence {estimate.confidence:.3f} is {where}"
+        if policy.thresholds.from_calibrator:
+            message += _promised(estimate, tier)
         return where, Reason("matrix", message, cell.action), cell
     asked = Action(policy.confidence.when_uncalibrated)
     action = most_severe((asked, row.confident.action))
@@ -286,3 +289,13 @@ def _matrix(policy: Policy, tier: RiskTier, estimate: Estimate) -> tuple[Band | 
     if action is not asked:
         message += f", but {action} is the least for tier {tier}"
     return None, Reason("confidence", message, action), row.confident
+
+
+def _promised(estimate: Estimate, tier: RiskTier) -> str:
+    """What the certificate of a tier says, for the reason."""
+    certificate = certificate_for(estimate.certificates, tier)
+    if certificate is None:
+        return f": calibrator {estimate.calibrator} has no certificate for it"
+    if certificate.threshold is None:
+        return f": no threshold is feasible at {certificate.alpha:g} errors"
+    return f": {certificate.mode} for {certificate.alpha:g} errors from {certificate.threshold:.4f}"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.agreement import Measure, wilson
-from policies.calibration import Knot
+from policies.calibration import Certificate, Knot
 from policies.labelled import Labelled
 from policies.measures import (
     Bools,
@@ -97,7 +97,9 @@ class Diagnostics:
     """What was found while fitting.
 
     `remarks` are sentences about the data: what was left out and what to be careful of. `scorers` and
-    `maps` hold the cross-validated log loss of each kind that was tried. All shares are of responses:
+    `maps` hold the cross-validated log loss of each kind that was tried. `offers` say what the asked and
+    other shares of errors would give, for all responses; each keeps its promise alone, not the best of
+    several. All shares are of responses:
     labels are weighted by the inverse of their inclusion probability.
     """
 
@@ -110,6 +112,7 @@ class Diagnostics:
     quality: Quality
     reliability: tuple[Bin, ...]
     curve: tuple[Knot, ...]
+    offers: tuple[Certificate, ...]
     slices: tuple[Slice, ...]
     mistakes: tuple[Mistake, ...]
 

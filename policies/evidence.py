@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from policies.calibration import Calibrator
+from policies.calibration import Calibrator, Certificate
 from policies.model import Action, Policy
 from policies.signals import JUDGE, score
 from validators import CheckResult
@@ -57,7 +57,7 @@ class Estimate:
     `score` in [0, 1] is uncalibrated and only orders responses; None without signals. `confidence`
     in [0, 1] is the calibrated probability that the response is acceptable; None unless a
     calibrator applies, and then `uncalibrated` says why. `source` is `none` exactly when there is
-    no confidence. `calibrator` names the one that gave it.
+    no confidence. `calibrator` names the one that gave it, `certificates` are what it has for the task.
     """
 
     score: float | None = None
@@ -65,10 +65,16 @@ class Estimate:
     source: ConfidenceSource = "none"
     calibrator: str | None = None
     uncalibrated: str | None = None
+    certificates: tuple[Certificate, ...] = ()
 
 
 def estimate(
-    policy: Policy, evidence: Evidence, *, model: str, calibrator: Calibrator | None
+    policy: Policy,
+    evidence: Evidence,
+    *,
+    model: str,
+    calibrator: Calibrator | None,
+    task: str | None = None,
 ) -> Estimate:
     """The score, and the confidence if `calibrator` applies to this evidence on `model`.
 
@@ -95,7 +101,13 @@ def estimate(
         why = _why_missing(policy, evidence, signal)
         return Estimate(known, uncalibrated=f"calibrator {calibrator.name} does not apply: {why}")
     confidence = calibrator.confidence(values, check_scores)
-    return Estimate(known, confidence, calibrator.source, calibrator.name)
+    return Estimate(
+        known,
+        confidence,
+        calibrator.source,
+        calibrator.name,
+        certificates=calibrator.certified_for(task),
+    )
 
 
 def _with_judges(policy: Policy, evidence: Evidence) -> Mapping[str, float]:

@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
-from sklearn.isotonic import IsotonicRegression
-from sklearn.linear_model import LogisticRegression
+from sklearn.isotonic import IsotonicRegression, isotonic_regression
 
 from policies.calibration import (
     Beta,
@@ -31,7 +30,7 @@ from policies.calibration import (
     LogisticScore,
     Platt,
 )
-from policies.certification import Found, certify, estimate_threshold, thinned
+from policies.certification import Found, certify, estimate_threshold, ridge, thinned
 from policies.diagnostics import (
     Diagnostics,
     SignalUse,
@@ -129,9 +128,11 @@ def _ridge(features: Floats, truth: Bools, mass: Floats) -> tuple[float, Floats]
     spread = np.sqrt(np.average((features - mean) ** 2, axis=0, weights=mass))
     # Where rounding alone makes values differ, there is nothing to learn and no scale to learn it on.
     spread = np.where(spread > 1e-9, spread, np.inf)
-    fitted = LogisticRegression(C=1.0).fit((features - mean) / spread, truth, mass)
-    coefficients = fitted.coef_[0] / spread
-    return float(fitted.intercept_[0] - coefficients @ mean), coefficients
+    standard = np.column_stack([(features - mean) / spread, np.ones(len(truth))])
+    penalty = np.append(np.ones(features.shape[1]), 1e-6)
+    *weights, intercept = ridge(standard, truth.astype(float), mass, penalty).tolist()
+    coefficients = np.array(weights) / spread
+    return float(intercept - coefficients @ mean), coefficients
 
 
 def fit_platt(scores: Column, labels: Labels, weights: Column | None = None) -> Platt:
@@ -242,12 +243,9 @@ def fit_isotonic(scores: Column, labels: Labels, weights: Column | None = None) 
     0.5
     """
     values, truth = scored(scores, labels)
-    return _isotonic(*_steps(values, truth.astype(float), masses(weights, len(values))))
-
-
-def _steps(values: Floats, targets: Floats, mass: Floats) -> tuple[Floats, Floats]:
-    fitted = IsotonicRegression(y_min=0.0, y_max=1.0).fit(values, targets, mass)
-    return fitted.X_thresholds_, fitted.y_thresholds_
+    mass = masses(weights, len(values))
+    fitted = IsotonicRegression(y_min=0.0, y_max=1.0).fit(values, truth.astype(float), mass)
+    return _isotonic(fitted.X_thresholds_, fitted.y_thresholds_)
 
 
 def _isotonic(x: Floats, y: Floats) -> Isotonic:
@@ -281,22 +279,20 @@ def fit_venn_abers(scores: Column, labels: Labels, weights: Column | None = None
     values, truth = scored(scores, labels)
     mass = masses(weights, len(values))
     mass = mass / mass.mean()
+    distinct, which = np.unique(values, return_inverse=True)
+    weight = np.bincount(which, weights=mass)
+    share = np.bincount(which, weights=mass * truth) / weight
     at = np.unique(np.quantile(values, np.linspace(0, 1, _QUANTILES), method="nearest"))
     merged = []
-    for each in at:
-        low, high = (
-            float(
-                np.interp(
-                    each,
-                    *_steps(
-                        np.append(values, each),
-                        np.append(truth, label).astype(float),
-                        np.append(mass, 1.0),
-                    ),
-                )
-            )
-            for label in (False, True)
-        )
+    for place in np.searchsorted(distinct, at).tolist():
+        more = weight.copy()
+        more[place] += 1.0
+        with_false = share.copy()
+        with_false[place] *= weight[place] / more[place]
+        with_true = with_false.copy()
+        with_true[place] += 1.0 / more[place]
+        low = isotonic_regression(with_false, sample_weight=more)[place]
+        high = isotonic_regression(with_true, sample_weight=more)[place]
         merged.append(high / (1 - low + high))
     return _isotonic(at, np.maximum.accumulate(merged))
 
@@ -407,6 +403,9 @@ _MOST_SIGNALS = 10
 #: A signal must be there in so many of the labels; those without it are left out.
 _PRESENT = 0.9
 
+#: What else is said of: what other shares of errors would give.
+_OFFERED = (0.01, 0.02, 0.05, 0.1)
+
 #: Isotonic steps are tilted by this much, so that every threshold on a score is one on a confidence.
 _TILT = 1e-4
 
@@ -478,6 +477,8 @@ def fit(  # noqa: PLR0913 -- one call does it all, and every argument is named
     ----------
     Costs: Chow (1970), "On optimum recognition error and reject tradeoff".
     """
+    if not 0.0 < alpha < 1.0 or not 0.0 < delta < 1.0:
+        raise CalibrationError(f"alpha ({alpha}) and delta ({delta}) must lie between 0 and 1")
     if (cost_error is None) != (cost_review is None):
         raise CalibrationError("cost_error and cost_review go together")
     table, remarks = _cleaned(rows, model, judges or {})
@@ -496,6 +497,7 @@ def fit(  # noqa: PLR0913 -- one call does it all, and every argument is named
     calibrator = _rising(MAPS[kind](scores, table.labels, table.weights))
     confidence = cross_fitted(scores, table.labels, MAPS[kind], weights=table.weights)
 
+    remarks += _remarks_on_labels(table)
     certificates, autonomous = [], np.zeros(len(scores), dtype=bool)
     groups = _groups(table, per, remarks)
     for tier, task, members in groups:
@@ -508,20 +510,19 @@ def fit(  # noqa: PLR0913 -- one call does it all, and every argument is named
             threshold=None,
             n=0,
         )
-        own = table.some(members)
-        found = _threshold(own, scores[members], (guide_scores, guide.labels), asked, remarks)
+        found = _threshold(
+            table.some(members), scores[members], (guide_scores, guide.labels), asked
+        )
         above = members & (scores >= (2.0 if found.threshold is None else found.threshold))
         autonomous |= above
-        drawn = 1 / np.array([row.inclusion for row in table.rows])
-        certificates.append(
-            asked.model_copy(
-                update={
-                    **asdict(found),
-                    "threshold": _confidence_at(calibrator, found.threshold),
-                    "coverage": min(float(drawn[above].sum() / drawn[members].sum()), 1.0),
-                }
-            )
-        )
+        certificates.append(_certificate(asked, found, calibrator, table, members, above))
+    everything = np.ones(len(scores), dtype=bool)
+    offers = []
+    for each in sorted({alpha, *_OFFERED}):
+        asked = Certificate(mode=mode, alpha=each, delta=delta, threshold=None, n=0)
+        found = _threshold(table, scores, (guide_scores, guide.labels), asked)
+        above = scores >= (2.0 if found.threshold is None else found.threshold)
+        offers.append(_certificate(asked, found, calibrator, table, everything, above))
     remarks += _drifted(table, score, recent)
     curve = risk_coverage(confidence, table.labels, table.weights)
     best = max(uses, key=lambda use: abs(use.auroc - 0.5))
@@ -558,6 +559,7 @@ def fit(  # noqa: PLR0913 -- one call does it all, and every argument is named
         quality=measured(scores, confidence, table.labels, table.weights, single),
         reliability=reliability(confidence, table.labels, table.weights),
         curve=curve,
+        offers=tuple(offers),
         slices=slices(table.rows, confidence, table.labels, table.weights, autonomous),
         mistakes=mistakes(table.rows, confidence, table.labels),
     )
@@ -788,31 +790,53 @@ def _threshold(
     table: _Table,
     scores: Floats,
     guide: tuple[Floats, Bools],
-    certificate: Certificate,
-    remarks: list[str],
+    asked: Certificate,
 ) -> Found:
-    """What the labels of a group give for a certificate's mode, alpha and delta."""
-    alpha, delta = certificate.alpha, certificate.delta
+    """What the labels of a group give for what is asked."""
+    alpha, delta = asked.alpha, asked.delta
     trusted = np.array([row.weight == 1.0 for row in table.rows])
-    if not trusted.all():
-        remarks.append(
-            f"{int((~trusted).sum())} labels of less than full trust take no part in thresholds"
-        )
     inclusion = np.array([row.inclusion for row in table.rows])
-    if trusted.any() and certificate.mode == "estimated":
+    if trusted.any() and asked.mode == "estimated":
         weights = 1 / inclusion[trusted]
         return estimate_threshold(
             scores[trusted], table.labels[trusted], weights, alpha=alpha, delta=delta
         )
     used = trusted & thinned([row.id for row in table.rows], inclusion)
-    if used.sum() < trusted.sum():
-        remarks.append(
-            f"{int(used.sum())} of {int(trusted.sum())} labels are a plain random sample, as an "
-            "exact test needs it: the others came with higher probabilities"
-        )
     if not used.any():
         return Found(None, 0)
     return certify(scores[used], table.labels[used], *guide, alpha=alpha, delta=delta)
+
+
+def _certificate(
+    asked: Certificate,
+    found: Found,
+    calibrator: Platt | Beta | Isotonic,
+    table: _Table,
+    members: Bools,
+    above: Bools,
+) -> Certificate:
+    drawn = 1 / np.array([row.inclusion for row in table.rows])
+    return asked.model_copy(
+        update={
+            **asdict(found),
+            "threshold": _confidence_at(calibrator, found.threshold),
+            "coverage": min(float(drawn[above].sum() / drawn[members].sum()), 1.0),
+        }
+    )
+
+
+def _remarks_on_labels(table: _Table) -> list[str]:
+    """What to know of the labels on which thresholds rest."""
+    found = []
+    if doubted := sum(row.weight < 1.0 for row in table.rows):
+        found.append(f"{doubted} labels of less than full trust take no part in thresholds")
+    rates = sorted({row.inclusion for row in table.rows})
+    if len(rates) > 1:
+        found.append(
+            f"labels came with probabilities from {rates[0]:g} to {rates[-1]:g}: an exact test uses "
+            "a plain random sample of them, an estimate weights them"
+        )
+    return found
 
 
 def _drifted(

@@ -52,21 +52,38 @@ def unreachable(policies: Sequence[Policy]) -> Iterator[tuple[int, str]]:
 
 
 def staleness(policy: Policy, calibrators: Mapping[str, Calibrator]) -> list[str]:
-    """What was fitted for another version of a policy's checks and judges, and so is not used.
+    """What a policy expects of its artefacts and they cannot give, until they are fitted again.
 
-    A response then has no confidence, or a check of it is an error, until it is fitted again.
-    `calibrators` are those there are, by name.
+    That is what was fitted for another version of its checks and judges, so that a response has no
+    confidence or a check of it is an error; and with `from_calibrator` a tier that the calibrator has no
+    certificate for, so that nothing there is confident. `calibrators` are those there are, by name.
     """
     found = []
     calibrator = calibrators.get(policy.confidence.calibrator or "")
     if calibrator is not None:
         found.append(calibrator.stale(policy.checks_digest, policy.judge_digests))
+        found += _uncertified(policy, calibrator)
     found += [
         f"the thresholds of check {judge.id} are stale: judge {', '.join(judge.stale)} has changed"
         for judge in policy.judges
         if isinstance(judge, Escalating) and judge.stale
     ]
     return [each for each in found if each is not None]
+
+
+def _uncertified(policy: Policy, calibrator: Calibrator) -> Iterator[str]:
+    if not policy.thresholds.from_calibrator:
+        return
+    for tier in sorted(reachable_tiers(policy), key=lambda each: each.rank):
+        row = policy.matrix.of(tier)
+        if row.confident == row.unsure or any(
+            each.tier in (None, tier) for each in calibrator.certificates
+        ):
+            continue
+        yield (
+            f"thresholds.from_calibrator: calibrator {calibrator.name} has no certificate for tier "
+            f"{tier}; fit it with labels of that tier, or write the thresholds"
+        )
 
 
 def _names(policy: Policy) -> Iterator[Remark]:
@@ -194,6 +211,11 @@ def _stream(policy: Policy) -> Iterator[Remark]:
 
 
 def _thresholds(policy: Policy) -> Iterator[Remark]:
+    if policy.thresholds.from_calibrator:
+        if policy.confidence.calibrator is None:
+            message = "from_calibrator needs a calibrator: write 'confidence: {calibrator: ...}'"
+            yield Remark(("thresholds", "from_calibrator"), message)
+        return
     for tier in reachable_tiers(policy):
         pair = policy.thresholds.of(tier)
         if pair.confident == 0:

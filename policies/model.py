@@ -218,14 +218,28 @@ class ThresholdPair(Document):
 
 
 class Thresholds(ThresholdPair):
-    """The two thresholds, for all tiers or (`low:` … `critical:`) for one."""
+    """The two thresholds, for all tiers or (`low:` … `critical:`) for one.
+
+    With `from_calibrator: true` what is confident is what the calibrator has a certificate for, by tier
+    and task, and only `unsure` is written here.
+    """
 
     confident: Probability = 0.95
     unsure: Probability = 0.60
+    from_calibrator: bool = False
     low: ThresholdPair | None = None
     medium: ThresholdPair | None = None
     high: ThresholdPair | None = None
     critical: ThresholdPair | None = None
+
+    @model_validator(mode="after")
+    def _confident_once(self) -> Thresholds:
+        written = self.model_fields_set - {"from_calibrator", "unsure"}
+        if self.from_calibrator and written:
+            raise ValueError(
+                f"with from_calibrator, the calibrator says what is confident; leave out {', '.join(sorted(written))}"
+            )
+        return self
 
     def of(self, tier: RiskTier) -> ThresholdPair:
         """The pair that applies to a tier."""

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from policies.calibration import Certificate, certificate_for
 from policies.model import Band, RiskTier, Thresholds
 
 
-def band(confidence: float, thresholds: Thresholds, tier: RiskTier) -> Band:
+def band(
+    confidence: float,
+    thresholds: Thresholds,
+    tier: RiskTier,
+    certificates: Sequence[Certificate] = (),
+) -> Band:
     """The band of a calibrated confidence in [0, 1] for a tier.
 
-    Each threshold belongs to the band above it. NaN is doubtful.
+    Each threshold belongs to the band above it. NaN is doubtful. With `from_calibrator` the threshold of
+    `confident` is that of the tier's certificate; without one, or where none was feasible, nothing is
+    confident.
 
     Examples
     --------
@@ -16,6 +26,10 @@ def band(confidence: float, thresholds: Thresholds, tier: RiskTier) -> Band:
     <Band.CONFIDENT: 'confident'>
     """
     pair = thresholds.of(tier)
-    if confidence >= pair.confident:
+    confident: float | None = pair.confident
+    if thresholds.from_calibrator:
+        certificate = certificate_for(certificates, tier)
+        confident = None if certificate is None else certificate.threshold
+    if confident is not None and confidence >= confident:
         return Band.CONFIDENT
     return Band.UNSURE if confidence >= pair.unsure else Band.DOUBTFUL

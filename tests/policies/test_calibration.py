@@ -19,10 +19,12 @@ from policies.calibration import (
     Isotonic,
     Platt,
     artefact_schema,
+    certificate_for,
     is_calibrator,
     load_calibrator,
     logistic,
 )
+from policies.model import RiskTier
 from policies.signals import score
 from tests.policies.build import opines, policy, says, stage
 from validators import Check, OnError, OnFail
@@ -324,3 +326,39 @@ def test_the_demo_artefact_takes_overconfidence_away() -> None:
     assert raw is not None
     assert raw > 0.95
     assert demo.confidence(values) < 0.6
+
+
+CERTIFICATE = {"mode": "certified", "alpha": 0.02, "delta": 0.05, "threshold": 0.9, "n": 500}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {}),
+        ({"tier": "low"}, {}),
+        ({"tier": "low"}, {"task": "t"}),
+        ({"task": "t"}, {"task": "t"}),
+    ],
+)
+def test_at_most_one_certificate_is_for_a_response(
+    one: dict[str, str], other: dict[str, str]
+) -> None:
+    document = {**ARTEFACT, "certificates": [{**CERTIFICATE, **one}, {**CERTIFICATE, **other}]}
+    with pytest.raises(CalibrationError, match="two certificates are for the same responses"):
+        load_calibrator(json.dumps(document), file="c.json")
+
+
+def test_certificates_are_found_by_task_and_tier() -> None:
+    document = {
+        **ARTEFACT,
+        "certificates": [
+            {**CERTIFICATE, "tier": "low", "threshold": 0.7},
+            {**CERTIFICATE, "tier": "high", "task": "refund", "threshold": None},
+        ],
+    }
+    calibrator = load_calibrator(json.dumps(document), file="c.json")
+    low, high = calibrator.certificates
+    assert calibrator.certified_for("refund") == (low, high)
+    assert calibrator.certified_for("other") == calibrator.certified_for(None) == (low,)
+    assert certificate_for(calibrator.certificates, RiskTier.HIGH) is high
+    assert certificate_for(calibrator.certificates, RiskTier.CRITICAL) is None

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policies.calibration import Certificate
 from policies.decision import Decision, Zone, decide, most_severe, to_json
 from policies.evidence import Estimate, Evidence, Reason
-from policies.model import Action, Band, Budget, Mode, RiskTier
+from policies.model import Action, Band, Budget, Mode, RiskTier, Thresholds
 from policies.risk import RiskAssessment
 from tests.policies.build import Says, opines, policy, says, stage
 from validators import (
@@ -469,3 +470,28 @@ def test_a_number_that_is_not_finite_is_null_in_the_record() -> None:
     record = to_json(settle(), Evidence(signals={"mean_logprob": math.nan}))
     assert isinstance(record["evidence"], dict)
     assert record["evidence"]["signals"] == {"mean_logprob": None}
+
+
+CERTIFIED = Certificate(mode="certified", alpha=0.02, delta=0.05, threshold=0.7, n=500)
+
+
+@pytest.mark.parametrize(
+    ("certificates", "action", "says"),
+    [
+        ((CERTIFIED,), RETURN, "certified for 0.02 errors from 0.7000"),
+        (
+            (CERTIFIED.model_copy(update={"threshold": None}),),
+            FLAG,
+            "no threshold is feasible at 0.02 errors",
+        ),
+        ((), FLAG, "calibrator c has no certificate for it"),
+    ],
+)
+def test_the_reason_says_what_was_promised(
+    certificates: tuple[Certificate, ...], action: Action, says: str
+) -> None:
+    known = Estimate(0.8, 0.8, "logprob", "c", certificates=certificates)
+    decision = settle(known=known, thresholds=Thresholds(from_calibrator=True))
+    assert decision.action is action
+    (reason,) = (each.message for each in decision.reasons if each.source == "matrix")
+    assert reason.endswith(says)

@@ -11,11 +11,11 @@ import pytest
 from ruamel.yaml import YAML
 
 from judges import Judge
-from policies.calibration import Calibrator, LogisticScore, Platt
+from policies.calibration import Calibrator, Certificate, LogisticScore, Platt
 from policies.evidence import Evidence, estimate
 from policies.lint import staleness
 from policies.loading import json_schema, load_policies, load_policy
-from policies.model import Policy, StreamMode
+from policies.model import Policy, RiskTier, StreamMode
 from policies.source import PolicyError
 from policies.streaming import effective_stream
 from tests.policies.test_loading import places
@@ -430,3 +430,37 @@ def test_staleness_is_asked_of_every_starter_policy() -> None:
     text = (config / "calibrators" / "demo.json").read_text()
     demo = Calibrator.model_validate_json(text)
     assert [staleness(each, {"demo": demo}) for each in loaded.policies] == [[]] * len(files)
+
+
+FROM_CALIBRATOR = CALIBRATED + "thresholds: {from_calibrator: true}\n"
+
+
+def test_thresholds_of_a_calibrator_need_a_calibrator() -> None:
+    text = judged(confidence=FROM_CALIBRATOR).replace("calibrator: c, ", "")
+    with pytest.raises(PolicyError, match="from_calibrator needs a calibrator"):
+        load(text)
+
+
+@pytest.mark.parametrize(
+    ("certified", "missing"),
+    [((), ["low"]), ((RiskTier.LOW,), []), ((None,), []), ((RiskTier.HIGH,), ["low"])],
+)
+def test_a_tier_that_can_occur_needs_a_certificate(
+    certified: tuple[RiskTier | None, ...], missing: list[str]
+) -> None:
+    loaded = load(judged(confidence=FROM_CALIBRATOR + "risk: {base: low}\n"))
+    calibrator = of_judge(loaded).model_copy(
+        update={
+            "certificates": tuple(
+                Certificate(
+                    tier=tier, mode="certified", alpha=0.02, delta=0.05, threshold=0.9, n=500
+                )
+                for tier in certified
+            )
+        }
+    )
+    assert staleness(loaded, {"c": calibrator}) == [
+        f"thresholds.from_calibrator: calibrator c has no certificate for tier {tier}; fit it with "
+        "labels of that tier, or write the thresholds"
+        for tier in missing
+    ]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policies.calibration import Certificate
 from policies.model import Band, RiskTier, ThresholdPair, Thresholds
 from policies.thresholds import band
 
@@ -44,3 +45,34 @@ def test_more_confidence_is_never_a_worse_band(a: float, b: float, c: float, d: 
     order = [Band.DOUBTFUL, Band.UNSURE, Band.CONFIDENT]
     lower, higher = (band(each, thresholds, RiskTier.HIGH) for each in (low, high))
     assert order.index(lower) <= order.index(higher)
+
+
+def certificate(threshold: float | None, tier: RiskTier | None = None) -> Certificate:
+    return Certificate(
+        tier=tier, mode="certified", alpha=0.02, delta=0.05, threshold=threshold, n=500
+    )
+
+
+@pytest.mark.parametrize(
+    ("certificates", "confidence", "expected"),
+    [
+        ([certificate(0.8)], 0.8, Band.CONFIDENT),
+        ([certificate(0.8)], 0.79, Band.UNSURE),
+        ([certificate(0.3)], 0.3, Band.CONFIDENT),
+        ([certificate(None)], 1.0, Band.UNSURE),
+        ([certificate(0.8, RiskTier.LOW)], 1.0, Band.UNSURE),
+        ([certificate(0.8, RiskTier.LOW), certificate(0.9, RiskTier.HIGH)], 0.85, Band.UNSURE),
+        ([], 1.0, Band.UNSURE),
+        ([certificate(0.8)], math.nan, Band.DOUBTFUL),
+    ],
+)
+def test_what_is_confident_is_what_a_certificate_is_for(
+    certificates: list[Certificate], confidence: float, expected: Band
+) -> None:
+    thresholds = Thresholds(from_calibrator=True, unsure=0.5)
+    assert band(confidence, thresholds, RiskTier.HIGH, certificates) is expected
+
+
+def test_confident_is_not_written_twice() -> None:
+    with pytest.raises(ValueError, match="leave out confident"):
+        Thresholds(from_calibrator=True, confident=0.9)
