@@ -17,6 +17,7 @@ from rich.table import Table
 
 from gateway import __version__, economics
 from gateway.auth import new_key
+from gateway.calibrating.commands import calibrate
 from gateway.errors import GatewayError
 from gateway.evaluation.commands import judge
 from gateway.learning.commands import export, learn
@@ -40,6 +41,7 @@ key = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 app.add_typer(policy, name="policy")
 app.add_typer(key, name="key")
 app.add_typer(judge, name="judge")
+app.add_typer(calibrate, name="calibrate")
 app.add_typer(learn, name="learn")
 app.command()(export)
 

@@ -78,6 +78,9 @@ class Store(Protocol):
     ) -> DecisionRecord | None:
         """The newest decision on the same call made since then."""
 
+    async def recent(self, policy: str, limit: int) -> Sequence[DecisionRecord]:
+        """The newest decisions of a policy (its name), newest first."""
+
     async def task(self, task_id: str) -> TaskRecord | None:
         """The task with that id."""
 

@@ -29,6 +29,7 @@ from policies.calibration import (
     Isotonic,
     LogisticScore,
     Platt,
+    certificate_for,
 )
 from policies.certification import Found, certify, estimate_threshold, ridge, thinned
 from policies.diagnostics import (
@@ -562,6 +563,55 @@ def fit(  # noqa: PLR0913 -- one call does it all, and every argument is named
         offers=tuple(offers),
         slices=slices(table.rows, confidence, table.labels, table.weights, autonomous),
         mistakes=mistakes(table.rows, confidence, table.labels),
+    )
+
+
+def examine(calibrator: Calibrator, rows: Sequence[Labelled]) -> Diagnostics:
+    """What a calibrator does on labels: its own, of which it then looks a little too good, or others.
+
+    Raises
+    ------
+    CalibrationError
+        If there are too few labels of its model that have its signals, or of one kind only.
+    """
+    table, remarks = _cleaned(rows, calibrator.model, calibrator.judges)
+    needed = calibrator.score.signals
+    if lacking := [each for each in needed if each not in table.names]:
+        raise CalibrationError(f"the labels have not the signals {', '.join(lacking)}")
+    if calibrator.labels_digest == _digest(rows):
+        remarks.append("it was fitted to these labels, so that it looks a little better than it is")
+    scored_by, labels, weights = calibrator.score, table.labels, table.weights
+    scores = np.array([min(scored_by.of(r.signals), *r.check_scores, 1.0) for r in table.rows])
+    confidence = np.array([calibrator.calibrator.apply(each) for each in scores.tolist()])
+    promised = [
+        certificate_for(calibrator.certified_for(row.task), row.tier or RiskTier.MEDIUM)
+        for row in table.rows
+    ]
+    limits = np.array([2.0 if c is None or c.threshold is None else c.threshold for c in promised])
+    alone = [auroc(column, labels, weights=weights) for column in table.features.T]
+    uses = [
+        SignalUse(name, area, name in needed) for name, area in zip(table.names, alone, strict=True)
+    ]
+    best = max(range(len(alone)), key=lambda i: abs(alone[i] - 0.5))
+    return Diagnostics(
+        n=len(table.rows),
+        errors=int((~labels).sum()),
+        remarks=tuple(remarks),
+        signals=tuple(uses),
+        scorers={},
+        maps={},
+        quality=measured(
+            scores,
+            confidence,
+            labels,
+            weights,
+            np.copysign(1, alone[best] - 0.5) * table.features[:, best],
+        ),
+        reliability=reliability(confidence, labels, weights),
+        curve=risk_coverage(confidence, labels, weights),
+        offers=(),
+        slices=slices(table.rows, confidence, labels, weights, confidence >= limits),
+        mistakes=mistakes(table.rows, confidence, labels),
     )
 
 

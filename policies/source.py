@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from validators import JSON
@@ -92,6 +92,29 @@ class Source:
             self.file, start.line + 1, start.column + 1 + _offset(written, column - 1), message
         )
 
+    def edited(self, path: Path, written: str) -> str:
+        """The text with the value at `path`, of mappings alone, written so, all else as it was; a missing key is added to its mapping.
+
+        Raises
+        ------
+        PolicyError
+            If there is no mapping to add it to, or the place is shared by an alias, so that more would change.
+        """
+        node, text = self._values.get(path), self._text
+        if node is not None and path:
+            # A block starts on a line of its own.
+            start, end = self._keys[path].end_mark.index, _end(node)
+            new = f"{text[:start]}: {written}{text[end:]}"
+        else:
+            holder = self._values.get(path[:-1])
+            if not isinstance(holder, MappingNode) or not holder.value:
+                raise PolicyError([self.problem(path, f"write '{path[-1]}: {written}' here")])
+            new = _added(text, holder, f"{path[-1]}: {written}")
+        if Source(new, self.file).data != _with(self.data, path, Source(written, "").data):
+            message = f"cannot be edited without changing more: write '{path[-1]}: {written}' here"
+            raise PolicyError([self.problem(path, message)])
+        return new
+
     def _at(self, node: Node, message: str) -> Problem:
         return Problem(self.file, node.start_mark.line + 1, node.start_mark.column + 1, message)
 
@@ -150,6 +173,37 @@ class Source:
                 self._keys[place] = key
                 mapping[key.value] = self._convert(value, place)
         return mapping
+
+
+def _end(node: Node) -> int:
+    """Where the last character of a value stands; a block's own mark is that of what follows it."""
+    if not isinstance(node, CollectionNode) or node.flow_style or not node.value:
+        return int(node.end_mark.index)
+    last = node.value[-1]
+    return _end(last[1] if isinstance(node, MappingNode) else last)
+
+
+def _added(text: str, holder: MappingNode, line: str) -> str:
+    """The text with a key more in a mapping: the first of a flow mapping, the last of a block."""
+    first = holder.value[0][0].start_mark
+    if holder.flow_style:
+        return f"{text[: first.index]}{line}, {text[first.index :]}"
+    end = _end(holder)
+    if text[end - 1] != "\n":
+        end = text.find("\n", end) + 1 or len(text)
+    before = text[:end] if text[end - 1] == "\n" else text[:end] + "\n"
+    return f"{before}{' ' * first.column}{line}\n{text[end:]}"
+
+
+def _with(data: JSON, path: Path, value: JSON) -> JSON:
+    if not path:
+        return value
+    if isinstance(data, dict):
+        key = str(path[0])
+        return {**data, key: _with(data.get(key), path[1:], value)}
+    items = list(data) if isinstance(data, list) else []
+    at = int(path[0])
+    return [*items[:at], _with(items[at], path[1:], value), *items[at + 1 :]]
 
 
 def _in_words(error: MarkedYAMLError) -> str:

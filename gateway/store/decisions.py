@@ -108,6 +108,13 @@ def with_ids(connection: Connection, decision_ids: Sequence[str]) -> dict[str, D
     return {row["id"]: decision_record(row) for row in rows}
 
 
+def recent(connection: Connection, policy: str, limit: int) -> list[DecisionRecord]:
+    """The newest decisions of a policy (its name), newest first."""
+    of_policy = _KEPT.where(decisions.c.policy.startswith(f"{text(policy)}@", autoescape=True))
+    query = of_policy.order_by(decisions.c.created_at.desc(), decisions.c.id.desc()).limit(limit)
+    return [decision_record(row) for row in connection.execute(query).mappings()]
+
+
 def to_erase(connection: Connection, now: datetime, limit: int) -> list[str]:
     """Ids of decisions whose contents are due for erasure, longest due first, locked for this transaction."""
     due = select(decisions.c.id).where(decisions.c.erase_at <= micros(now))

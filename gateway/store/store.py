@@ -187,6 +187,10 @@ class SqlStore:
             partial(decisions.by_fingerprint, fingerprint=fingerprint, since=since)
         )
 
+    async def recent(self, policy: str, limit: int) -> Sequence[DecisionRecord]:
+        """The newest decisions of a policy, newest first."""
+        return await self._engine.read(partial(decisions.recent, policy=policy, limit=limit))
+
     async def task(self, task_id: str) -> TaskRecord | None:
         """The task with that id."""
         return await self._engine.read(partial(tasks.by_id, task_id=task_id))

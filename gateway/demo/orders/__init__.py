@@ -18,7 +18,7 @@ import zstandard
 from numpy.typing import NDArray
 from scipy.special import erf
 
-Floats: TypeAlias = NDArray[np.float32]
+Floats: TypeAlias = NDArray[np.floating[Any]]
 
 _FOLDER = Path(__file__).parent
 _WIDTH, _HEADS, _LAYERS, _CONTEXT = 96, 4, 3, 96
@@ -26,7 +26,7 @@ _BOS, _SEP, _EOS = 1, 2, 3
 #: An answer has at most so many tokens; the rest of the context is for the prompt.
 _ANSWER = 40
 _SHARPNESS = 1 / 0.6
-_EPSILON = 1e-5
+_EPSILON = np.float32(1e-5)
 _HALF = np.float32(sqrt(0.5))
 _SCALE = np.float32(sqrt(_HEADS / _WIDTH))
 
@@ -114,9 +114,10 @@ class Model:
 
     def _norm(self, name: str, x: Floats) -> Floats:
         centred = x - np.add.reduce(x, -1, keepdims=True) / _WIDTH
-        variance = np.add.reduce(centred * centred, -1, keepdims=True) / _WIDTH
-        scaled: Floats = centred / np.sqrt(variance + _EPSILON)
-        return scaled * self._weights[f"{name}.weight"] + self._weights[f"{name}.bias"]
+        variance: Floats = np.add.reduce(centred * centred, -1, keepdims=True) / _WIDTH
+        scaled: Floats = centred / np.sqrt(variance + _EPSILON) * self._weights[f"{name}.weight"]
+        shifted: Floats = scaled + self._weights[f"{name}.bias"]
+        return shifted
 
 
 class _Cache:

@@ -1,0 +1,217 @@
+"""`holdgate calibrate`: what the command line takes; the work is done by the modules beside this one, loaded when needed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from gateway import terminal
+from gateway.calibrating import applying
+from gateway.errors import GatewayError
+from gateway.records import DecisionRecord
+from gateway.settings import Settings
+from gateway.store import open_store
+from gateway.terminal import ConfigOption, config_path, err, fail, settings_at
+from policies import Action, CalibrationError, PolicyError
+
+calibrate = typer.Typer(
+    no_args_is_help=True,
+    help="Fit confidence to labels, see how true it is, bring it into force and out of it.",
+)
+
+LabelsOption = Annotated[
+    Path | None, typer.Option(help="JSON Lines: id, acceptable, signals, and what else is known")
+]
+ReviewsOption = Annotated[
+    bool, typer.Option("--from-reviews", help="take what was said of the policy's responses")
+]
+PolicyOption = Annotated[str, typer.Option(help="the policy it is for")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="the artefact, called after its file")]
+_Share = {"min": 0.0001, "max": 0.5}
+DeltaOption = Annotated[float, typer.Option(help="how likely the promise may be broken", **_Share)]
+
+
+@calibrate.command()
+def fit(
+    policy: PolicyOption,
+    out: OutOption,
+    labels: LabelsOption = None,
+    from_reviews: ReviewsOption = False,
+    alpha: Annotated[
+        float, typer.Option(help="errors allowed among what is returned on its own", **_Share)
+    ] = 0.02,
+    delta: DeltaOption = 0.05,
+    mode: Annotated[
+        Literal["certified", "estimated"], typer.Option(help="proven, or bolder and not proven")
+    ] = "certified",
+    per: Annotated[
+        Literal["all", "tier", "task"], typer.Option(help="a threshold for all, or for each")
+    ] = "all",
+    model: Annotated[
+        str | None, typer.Option(help="take only labels of models with such names")
+    ] = None,
+    cost_error: Annotated[
+        float | None, typer.Option(help="what an error that is let out costs", min=0)
+    ] = None,
+    cost_review: Annotated[
+        float | None, typer.Option(help="what a review costs, in the same currency", min=0)
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Fit a calibrator with thresholds that can be promised: an artefact, and a report as one HTML file beside it.
+
+    Exits 0; 1 on an error; 3 if these labels do not prove the promise, in which case the artefact says that nothing is confident.
+    """
+    work = _work()
+    settings = _settings(config)
+    target = work.Target(alpha, delta, mode, per, model, cost_error, cost_review)
+    with work.told():
+        status = work.fit(settings, policy, labels, target, out, from_reviews=from_reviews)
+    raise typer.Exit(status)
+
+
+@calibrate.command()
+def report(
+    artefact: Annotated[
+        Path | None, typer.Argument(help="default: the one in force for --policy")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="the policy it is for")] = None,
+    labels: LabelsOption = None,
+    from_reviews: ReviewsOption = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the report")] = Path("calibration.html"),
+    config: ConfigOption = None,
+) -> None:
+    """Measure a calibrator on labels: a table, and a report as one HTML file."""
+    work = _work()
+    settings = _settings(config)
+    with work.told():
+        work.report(settings, artefact, policy, labels, out, from_reviews=from_reviews)
+
+
+@calibrate.command()
+def propose(
+    policy: PolicyOption,
+    out: OutOption,
+    labels: LabelsOption = None,
+    from_reviews: ReviewsOption = False,
+    alpha: Annotated[
+        float | None, typer.Option(help="default: as the certificate in force", **_Share)
+    ] = None,
+    delta: DeltaOption = 0.05,
+    mode: Annotated[Literal["certified", "estimated"], typer.Option()] = "certified",
+    do_apply: Annotated[
+        bool, typer.Option("--apply", help="bring it into force if it is better")
+    ] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Fit a calibrator to the labels since the last one; propose it only if it is better on others and keeps its promise.
+
+    Exits 0; 1 on an error; 3 if it is not proposed.
+    """
+    work = _work()
+    settings = _settings(config)
+    with work.told():
+        target = work.Target(alpha, delta, mode) if alpha is not None else None
+        status = work.propose(settings, policy, labels, target, out, from_reviews=from_reviews)
+    if status == work.OK and do_apply:
+        apply(out, policy, yes=True, config=config)
+    raise typer.Exit(status)
+
+
+@calibrate.command()
+def apply(
+    artefact: Annotated[Path, typer.Argument(help="what `calibrate fit` wrote")],
+    policy: PolicyOption,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+    replay: Annotated[
+        int, typer.Option(min=0, max=100_000, help="on how many recorded responses to try it")
+    ] = 2_000,
+    config: ConfigOption = None,
+) -> None:
+    """Bring a calibrator into force: shows the edit and what it would have changed, and asks. The gateway takes it up by itself."""
+    settings = _settings(config)
+    try:
+        change = applying.proposed(settings, policy, artefact)
+        recorded = asyncio.run(_recorded(settings, policy, replay)) if replay else []
+        _show(change, recorded)
+        if not yes:
+            typer.confirm("Apply this?", abort=True)
+        kept = applying.apply(settings, change)
+    except (applying.ChangeError, CalibrationError, PolicyError) as error:
+        fail(str(error))
+    except GatewayError as error:
+        fail(error.message)
+    terminal.out.print(
+        f"Applied. What was before is kept in {kept}; holdgate calibrate rollback {policy} brings it back.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@calibrate.command()
+def rollback(
+    policy: Annotated[str, typer.Argument(help="the policy to put back as it was")],
+    config: ConfigOption = None,
+) -> None:
+    """Undo the last `calibrate apply` of a policy."""
+    try:
+        _, diff = applying.rollback(_settings(config), policy)
+    except (applying.ChangeError, PolicyError) as error:
+        fail(str(error))
+    terminal.out.print(diff, markup=False, highlight=False, soft_wrap=True)
+    terminal.out.print(f"Policy {policy} is as it was before.", markup=False)
+
+
+def _settings(config: Path | None) -> Settings:
+    return settings_at(config_path(config), secrets=False)
+
+
+async def _recorded(settings: Settings, policy: str, limit: int) -> Sequence[DecisionRecord]:
+    store = await open_store(settings.store.url)
+    try:
+        return await store.recent(policy, limit)
+    finally:
+        await store.close()
+
+
+def _show(change: applying.Change, recorded: Sequence[DecisionRecord]) -> None:
+    terminal.out.print(
+        change.diff or "The policy is so already.", markup=False, highlight=False, soft_wrap=True
+    )
+    for warning in change.warnings:
+        err.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    if not recorded:
+        terminal.out.print("There is no recorded traffic of this policy to try it on.")
+        return
+    moves, untold = applying.replayed(change, recorded)
+    terminal.out.print(f"{moves.total()} recorded responses, decided on again:")
+    table = Table("action")
+    for heading in ("before", "after"):
+        table.add_column(heading, justify="right")
+    for action in Action:
+        before = sum(n for (old, _), n in moves.items() if old is action)
+        after = sum(n for (_, new), n in moves.items() if new is action)
+        table.add_row(action.value, str(before), str(after))
+    terminal.out.print(table)
+    if untold:
+        terminal.out.print(
+            f"{untold} more cannot be told: they got no answer, or were checked otherwise.",
+            soft_wrap=True,
+        )
+
+
+def _work() -> ModuleType:
+    try:
+        from gateway.calibrating import fitting  # noqa: PLC0415 - needs the extra `analysis`
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("numpy", "plotly", "scipy", "sklearn"):
+            raise
+        fail(f"This needs {missing}: install holdgate[analysis].")
+    return fitting
