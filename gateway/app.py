@@ -11,7 +11,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -27,6 +27,7 @@ from gateway import __version__
 from gateway.api import admin, decisions, review
 from gateway.api.openai import OpenAIEdge
 from gateway.asking import Asker
+from gateway.audits import Audits
 from gateway.auth import Authenticator
 from gateway.bus import open_bus
 from gateway.delivery import Delivery
@@ -35,10 +36,11 @@ from gateway.interviews import Interviewer
 from gateway.judging import Assessor
 from gateway.jury import Jury
 from gateway.live import LiveStreams
+from gateway.monitors import Monitors
 from gateway.pipeline import Pipeline
 from gateway.policy_files import PolicyFiles
-from gateway.ports import Clock
-from gateway.recording import Recorder
+from gateway.ports import Bus, Clock
+from gateway.recording import Recorder, new_id
 from gateway.reviews import Reviews, WaitingRoom
 from gateway.services import Services
 from gateway.settings import Settings, load_settings
@@ -48,6 +50,7 @@ from gateway.telemetry import Metrics, configure_logs
 from gateway.upstream.routing import Router
 from gateway.verdicts import Verdicts
 from gateway.webhooks import Webhooks
+from policies import PolicySet
 
 _log = structlog.get_logger()
 
@@ -122,11 +125,12 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
         spending = Spending(store, clock)
         await spending.refresh()
         stack.push_async_callback(spending.close)
-        given = settings.judges
-        interviewer = Interviewer(router, prices, clock, metrics, concurrency=given.concurrency)
-        verdicts = Verdicts(bus, clock, limit_bytes=given.cache_bytes, keep_s=given.cache_s)
-        jury = Jury(interviewer, verdicts, spending, clock, metrics, timeout_s=given.timeout_s)
-        assessor = Assessor(policies, jury, clock, audit_secret=_audit_secret(settings))
+        concurrency = settings.judges.concurrency
+        interviewer = Interviewer(router, prices, clock, metrics, concurrency=concurrency)
+        jury = _jury(settings, interviewer, bus, spending, clock, metrics)
+        audits = Audits(store, secret=_audit_secret(settings))
+        await audits.refresh()
+        assessor = Assessor(policies, jury, audits, clock)
         response_bytes = settings.limits.response_bytes
         asker = Asker(router, clock, response_bytes=response_bytes)
         live = LiveStreams(assessor, recorder, clock, response_bytes=response_bytes)
@@ -153,15 +157,39 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
             reviews=Reviews(store, bus, clock, room),
             room=room,
         )
-        for work in (room.run(), policies.watch(), spending.run(), webhooks.run()):
-            task = asyncio.create_task(work)
-            stack.push_async_callback(_stop, task)
+        monitors = Monitors(store, policies, clock, metrics, new_id=new_id)
+        stack.push_async_callback(monitors.close)
+        _in_background(stack, policies.watch())
+        for each in (room, spending, webhooks, audits, monitors):
+            _in_background(stack, each.run())
         stack.callback(room.close)
         _on_stop_signal(room.close)
+        _warn_of(policies.current)
         _tidy_memory()
-        for problem in policies.current.warnings:
-            _log.warning("policy_warning", problem=str(problem))
         yield services
+
+
+def _warn_of(policies: PolicySet) -> None:
+    for problem in policies.warnings:
+        _log.warning("policy_warning", problem=str(problem))
+
+
+def _jury(
+    settings: Settings,
+    interviewer: Interviewer,
+    bus: Bus,
+    spending: Spending,
+    clock: Clock,
+    metrics: Metrics,
+) -> Jury:
+    given = settings.judges
+    verdicts = Verdicts(bus, clock, limit_bytes=given.cache_bytes, keep_s=given.cache_s)
+    return Jury(interviewer, verdicts, spending, clock, metrics, timeout_s=given.timeout_s)
+
+
+def _in_background(stack: contextlib.AsyncExitStack, work: Coroutine[None, None, None]) -> None:
+    """Run something until the stack is left."""
+    stack.push_async_callback(_stop, asyncio.create_task(work))
 
 
 def _tidy_memory() -> None:

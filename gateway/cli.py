@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import sys
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import orjson
 import typer
@@ -18,17 +16,16 @@ from rich.table import Table
 from gateway import __version__, economics
 from gateway.auth import new_key
 from gateway.calibrating.commands import calibrate
-from gateway.errors import GatewayError
 from gateway.evaluation.commands import judge
+from gateway.learning.commands import export, learn
+from gateway.operating import labels, resume, status, with_store
 from gateway.recording import new_id
 from gateway.records import Role
 from gateway.settings import PACKAGED_CONFIG
 from gateway.spending import Prices
-from gateway.store import SqlStore, open_store
+from gateway.store import SqlStore
 from gateway.terminal import ConfigOption, config_path, err, fail, out, settings_at
 from policies import CalibrationError, PolicyError, artefact_schema, json_schema, staleness
-
-T = TypeVar("T")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,6 +38,11 @@ app.add_typer(policy, name="policy")
 app.add_typer(key, name="key")
 app.add_typer(judge, name="judge")
 app.add_typer(calibrate, name="calibrate")
+app.add_typer(labels, name="labels")
+app.command()(status)
+calibrate.command()(resume)
+app.add_typer(learn, name="learn")
+app.command()(export)
 
 
 def main() -> None:
@@ -80,7 +82,7 @@ def serve(
         load(settings.policies, settings.calibrators, Prices(settings.models))
     except (PolicyError, CalibrationError, OSError) as error:
         fail(str(error))
-    _with_store(path, SqlStore.ping)
+    with_store(path, SqlStore.ping)
     become_server(path)
 
 
@@ -173,7 +175,7 @@ def create_key(
     """Make an API key and print it; it is shown this once only."""
     now = datetime.now(UTC)
     made, secret = new_key(new_id("key", now), name, role, now)
-    _with_store(config, lambda store: store.create_key(made))
+    with_store(config, lambda store: store.create_key(made))
     err.print(f"Key {name!r} with the role {role.value}; it is shown this once:")
     sys.stdout.write(secret + "\n")
 
@@ -182,7 +184,7 @@ def create_key(
 def list_keys(config: ConfigOption = None) -> None:
     """List API keys."""
     table = Table("name", "role", "created", "revoked")
-    for each in _with_store(config, lambda store: store.keys()):
+    for each in with_store(config, lambda store: store.keys()):
         revoked = each.revoked_at.isoformat(timespec="seconds") if each.revoked_at else ""
         table.add_row(
             each.name, each.role.value, each.created_at.isoformat(timespec="seconds"), revoked
@@ -193,7 +195,7 @@ def list_keys(config: ConfigOption = None) -> None:
 @key.command("revoke")
 def revoke_key(name: Annotated[str, typer.Argument()], config: ConfigOption = None) -> None:
     """Revoke an API key; it stops working within five seconds."""
-    _with_store(config, lambda store: store.revoke_key(name, datetime.now(UTC)))
+    with_store(config, lambda store: store.revoke_key(name, datetime.now(UTC)))
     out.print(f"Revoked {name!r}.")
 
 
@@ -210,7 +212,7 @@ def show_economics(
         at = economics.moment_of(since, datetime.now(UTC))
     except ValueError as error:
         fail(str(error))
-    found = _with_store(config, lambda store: store.economics(at))
+    found = with_store(config, lambda store: store.economics(at))
     usd_per_minute = settings_at(config_path(config), secrets=False).review.usd_per_minute
     table = Table("layer")
     for column in ("requests", "share", "USD", "cost unknown", "p50 ms", "p95 ms"):
@@ -232,22 +234,6 @@ def show_economics(
         f"{found.person_minutes:.1f} minutes on tasks they had claimed. "
         f"Judges cost {found.abandoned_usd:.4f} USD that no decision carries."
     )
-
-
-def _with_store(config: Path | None, act: Callable[[SqlStore], Awaitable[T]]) -> T:
-    url = settings_at(config_path(config), secrets=False).store.url
-
-    async def run() -> T:
-        store = await open_store(url)
-        try:
-            return await act(store)
-        finally:
-            await store.close()
-
-    try:
-        return asyncio.run(run())
-    except GatewayError as error:
-        fail(error.message)
 
 
 if __name__ == "__main__":

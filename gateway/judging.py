@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from gateway.asking import Answer
+from gateway.audits import Audits
 from gateway.calls import Call
 from gateway.jury import Bill, Jury
 from gateway.ports import Clock, LivePolicies
@@ -41,19 +40,13 @@ class Judgement:
 
 
 class Assessor:
-    """Gives every answer its decision.
+    """Gives every answer its decision."""
 
-    `audit_secret` keys the draw that samples returned responses for audit, so that a sample can be reproduced and not
-    foreseen.
-    """
-
-    def __init__(
-        self, policies: LivePolicies, jury: Jury, clock: Clock, *, audit_secret: bytes
-    ) -> None:
+    def __init__(self, policies: LivePolicies, jury: Jury, audits: Audits, clock: Clock) -> None:
         self._policies = policies
         self._jury = jury
+        self._audits = audits
         self._clock = clock
-        self._audit_secret = audit_secret
 
     async def judge(
         self, call: Call, policy: Policy, answer: Answer, attempts_left: int
@@ -64,10 +57,13 @@ class Assessor:
         """
         exchange = _exchange(call, answer)
         calibrator = self._policies.calibrators.get(policy.confidence.calibrator or "")
-        draw = self._draw(call.id)
+        draw = self._audits.draw(call.id)
+        suspended = self._audits.suspended(policy.policy, calibrator)
         evidence = start(policy, exchange)
         rules_ms, bill = 0.0, Bill()
-        while isinstance(step := next_step(policy, evidence, exchange, calibrator, draw), RunStage):
+        while isinstance(
+            step := next_step(policy, evidence, exchange, calibrator, draw, suspended), RunStage
+        ):
             began_ms = self._monotonic_ms()
             results = run_validators(step.stage.validators, exchange, self._monotonic_ms)
             rules_ms += self._monotonic_ms() - began_ms
@@ -81,6 +77,7 @@ class Assessor:
             estimate=step.estimate,
             draw=draw,
             attempts_left=attempts_left,
+            level=self._audits.level(policy.policy),
         )
         if decision.regenerate:
             self._jury.abandon(bill)
@@ -129,11 +126,6 @@ class Assessor:
             reasons=(*risk.reasons, Reason("upstream", note, action)),
         )
         return Judgement(decision, Evidence())
-
-    def _draw(self, decision_id: str) -> float:
-        """A number in [0, 1) that the decision's id and the secret determine."""
-        mac = hmac.digest(self._audit_secret, decision_id.encode(), hashlib.sha256)
-        return int.from_bytes(mac[:7], "big") / 2**56
 
     def _monotonic_ms(self) -> float:
         return 1000 * self._clock.monotonic_s()

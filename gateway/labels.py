@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from gateway.errors import InvalidRequest
 from gateway.records import Label, LabelSource, NewLabel
 
 #: How far what the users of an application say is trusted, beside a reviewer's 1.
@@ -60,6 +61,38 @@ def by_decision(labels: Iterable[Label]) -> dict[str, list[Label]]:
     for each in labels:
         found[each.decision_id].append(each)
     return dict(found)
+
+
+class Feedback(BaseModel):
+    """What an application says of a response. `id` is the decision's, or the provider's of the response."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    id: Annotated[str, Field(min_length=1, max_length=256)]
+    acceptable: bool
+    comment: Annotated[str, Field(max_length=MAX_COMMENT)] | None = None
+
+    def label(self, decision_id: str, labeller: str, now: datetime) -> NewLabel:
+        """The label that this is, of an application with that name."""
+        return NewLabel(
+            decision_id=decision_id,
+            at=now,
+            source=LabelSource.FEEDBACK,
+            labeller=labeller,
+            acceptable=self.acceptable,
+            weight=FEEDBACK_WEIGHT,
+            comment=self.comment,
+        )
+
+
+def read_feedback(body: bytes) -> Feedback:
+    """The feedback in a request body. Raises `InvalidRequest`."""
+    try:
+        return Feedback.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the body"
+        raise InvalidRequest(f"{where}: {first['msg']}", param=where) from error
 
 
 class Line(BaseModel):

@@ -18,9 +18,11 @@ from gateway.records import (
     LabelledDecision,
     NewLabel,
     NewTask,
+    Observed,
     Resolution,
     Spend,
     Standing,
+    Tally,
     TaskRecord,
     TaskState,
 )
@@ -87,6 +89,12 @@ class Store(Protocol):
     async def task_of(self, decision_id: str) -> TaskRecord | None:
         """The task of a decision, if it has one."""
 
+    async def tasks_of(self, decision_ids: Sequence[str]) -> Mapping[str, TaskRecord]:
+        """The tasks of those of these decisions that have one, by decision id."""
+
+    async def unlabelled(self, since: datetime, after: str, limit: int) -> Sequence[DecisionRecord]:
+        """Answered decisions taken since then that nobody has labelled, by id, those after the given one."""
+
     async def queue(self, now: datetime, limit: int) -> Sequence[TaskRecord]:
         """Unresolved tasks, highest risk first, then by deadline, then oldest; lapsed claims show as open."""
 
@@ -124,10 +132,24 @@ class Store(Protocol):
     async def labels_since(self, at: datetime) -> Sequence[Label]:
         """The labels given since then, oldest first."""
 
+    async def label_counts(self) -> Mapping[str, tuple[int, int]]:
+        """By policy, how many decisions were judged, and how many of them somebody found not acceptable."""
+
     async def labelled(self, after: str, limit: int) -> Sequence[LabelledDecision]:
         """Decisions that were judged, each with its labels reduced to one, in order of their ids.
 
         Those after the given decision id ("" for the first).
+        """
+
+    async def tallies(self, since: datetime) -> Sequence[Tally]:
+        """How many answered decisions of each policy came to each action since then, from an index alone."""
+
+    async def observed(
+        self, label: str, after: tuple[datetime, str], until: datetime, limit: int
+    ) -> Sequence[Observed]:
+        """The numbers of a policy's answered decisions after a time and id and before another time, oldest first.
+
+        `label` is the policy's, with its digest.
         """
 
     async def standings(self) -> Sequence[Standing]:

@@ -195,7 +195,7 @@ def _decision(
         if answer and decision.action is Action.HOLD
         else {},
         effort=outcome.judgement.effort,
-        intended=decision.intended,
+        intended=decision.intended if answer is not None and answer.is_usable else None,
         inclusion=decision.inclusion,
         inclusion_floor=decision.inclusion_floor,
     )

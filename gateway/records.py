@@ -86,8 +86,8 @@ class DecisionRecord:
     `request` and `response` are the original JSON bodies (a stream is stored as the equivalent non-stream body); either is
     None where the policy keeps no content, or after erasure. `detail` is the whole `policies.decision.Decision` and the
     evidence as JSON. `fingerprint` identifies the same call made again (key, idempotency key or body). `status` is the
-    upstream's HTTP status, 0 if there was no response. `intended` is the action that enforce mode takes, None if it is not
-    known. `inclusion` is the probability with which the response was to be reviewed, `inclusion_floor` the lowest that any
+    upstream's HTTP status, 0 if there was no response. `intended` is the action that enforce mode takes, None if there was
+    no answer to decide on. `inclusion` is the probability with which the response was to be reviewed, `inclusion_floor` the lowest that any
     response of the policy had at the time; 0 if nobody was to review any.
     """
 
@@ -216,7 +216,7 @@ class NewLabel:
     """What somebody says of a response: whether it was acceptable as it was.
 
     `weight` in (0, 1] is the trust in it. `inclusion` in (0, 1] is the probability with which the response came to be judged;
-    None stands for that of its review task, and without one it is not known: nobody drew it. `blind` says that the labeller
+    None stands for that of its review task where a reviewer says it, and otherwise for not known: nobody drew it. `blind` says that the labeller
     saw neither confidence nor verdicts. `task_id` is the task that was resolved with it.
     """
 
@@ -282,6 +282,24 @@ class Alarm:
     message: str
     evidence: dict[str, JSON]
     cleared_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How many answered decisions of a policy (its name) came to an action, as enforce mode takes it."""
+
+    policy: str
+    intended: Action
+    decisions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """The numbers of a decision that monitors look at, by their name: `confidence`, `score` and the signals it has."""
+
+    id: str
+    at: datetime
+    values: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,10 +83,23 @@ class Metrics:
             ("outcome",),
             registry=registry,
         )
+        self.alarms = Counter(
+            "holdgate_alarms_total",
+            "Alarms that monitors raised here.",
+            ("policy", "kind"),
+            registry=registry,
+        )
         self.webhooks = Counter(
             "holdgate_webhook_attempts_total",
             "Attempts to deliver an event: delivered, failed, given_up.",
             ("webhook", "outcome"),
+            registry=registry,
+        )
+        self.quality = Gauge(
+            "holdgate_quality",
+            "The metrics of docs/metrics.md over the last 24 hours, by policy; all policies without one.",
+            ("policy", "metric"),
+            multiprocess_mode="livemostrecent",
             registry=registry,
         )
         self.review_seconds = Histogram(

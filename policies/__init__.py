@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from policies.auditing import AuditLevel
 from policies.calibration import (
     CalibrationError,
     Calibrator,
@@ -24,6 +25,7 @@ from policies.thresholds import band
 
 __all__ = [
     "Action",
+    "AuditLevel",
     "Band",
     "CalibrationError",
     "Calibrator",

@@ -78,6 +78,7 @@ def next_step(
     exchange: Exchange,
     calibrator: Calibrator | None,
     draw: float,
+    suspended: str | None = None,
 ) -> RunStage | Settle:
     """The next stage whose condition holds, or that the outcome is settled.
 
@@ -88,9 +89,15 @@ def next_step(
 
     `draw` in [0, 1) is the random number that `decide` takes. Each stage makes its own of it, so
     that stages and audit are sampled independently of each other, and again in the same way.
+    `suspended` is as for `estimate`.
     """
     known = estimate(
-        policy, evidence, model=exchange.model, calibrator=calibrator, task=exchange.task
+        policy,
+        evidence,
+        model=exchange.model,
+        calibrator=calibrator,
+        task=exchange.task,
+        suspended=suspended,
     )
     variables = Variables(
         exchange, results=evidence.results, score=known.score, confidence=known.confidence

@@ -74,13 +74,15 @@ def estimate(
     *,
     model: str,
     calibrator: Calibrator | None,
+    suspended: str | None = None,
     task: str | None = None,
 ) -> Estimate:
     """The score, and the confidence if `calibrator` applies to this evidence on `model`.
 
     The score is that of the logprobs, or with `source: judge` the least of the judges' scores, all
     of which must be there. Scores of the policy's checks with `on_fail: score` lower it to their
-    minimum. If one of them could not tell, neither score nor confidence is known.
+    minimum. If one of them could not tell, neither score nor confidence is known. `suspended` says
+    why the calibrator may not be believed at present, None if it may.
     """
     if policy.confidence.source == "none":
         return Estimate(uncalibrated="the policy has no source of confidence")
@@ -95,7 +97,8 @@ def estimate(
         why = "there is no calibrator" if absent is None else f"logprobs are {absent}"
         return Estimate(known, uncalibrated=why)
     judges = policy.judge_digests if calibrator.judges else {}
-    if reason := calibrator.fits(model, policy.checks_digest, judges):
+    reason = suspended and f"calibrator {calibrator.name} is suspended: {suspended}"
+    if reason := reason or calibrator.fits(model, policy.checks_digest, judges):
         return Estimate(known, uncalibrated=reason)
     if signal := calibrator.lacks(values):
         why = _why_missing(policy, evidence, signal)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated
 
-from gateway.api.depends import AnyCaller, ServicesOf
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
+
+from gateway.api.depends import AnyCaller, Reviewer, ServicesOf
 from gateway.delivery import task_json
 from gateway.errors import NotFound
+from gateway.labels import MAX_COMMENT
 from gateway.recording import blocking_reasons
-from gateway.records import Role
+from gateway.records import LabelSource, NewLabel, Role
 from validators import JSON
 
 router = APIRouter(prefix="/decisions", tags=["decisions"])
@@ -42,3 +46,34 @@ async def show(decision_id: str, services: ServicesOf, caller: AnyCaller) -> dic
         "review": task_json(task) if task else None,
     }
     return shown if is_client else {**shown, "detail": decision.detail}
+
+
+class Opinion(BaseModel):
+    """What a reviewer says of a response, apart from its task: a second opinion, or a correction of an earlier one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    acceptable: StrictBool
+    comment: Annotated[str, Field(max_length=MAX_COMMENT)] | None = None
+
+
+@router.post("/{decision_id}/label", response_model=None)
+async def label(
+    decision_id: str, body: Opinion, services: ServicesOf, caller: Reviewer
+) -> dict[str, JSON]:
+    """Label a decision; what one labeller said last counts, and what they said before stays on record."""
+    given = NewLabel(
+        decision_id=decision_id,
+        at=services.clock.now(),
+        source=LabelSource.REVIEW,
+        labeller=caller.name,
+        acceptable=body.acceptable,
+        comment=body.comment,
+    )
+    is_new = bool(await services.store.label([given]))
+    return {
+        "object": "label",
+        "decision": decision_id,
+        "acceptable": body.acceptable,
+        "stored": is_new,
+    }

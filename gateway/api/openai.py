@@ -25,6 +25,7 @@ from gateway.errors import (
     UpstreamError,
 )
 from gateway.interviews import is_from_judge
+from gateway.labels import read_feedback
 from gateway.ports import UpstreamCall
 from gateway.recording import new_id
 from gateway.records import DecisionRecord, Role
@@ -76,6 +77,9 @@ class OpenAIEdge:
         )
         caller.require(Role.CLIENT)
         path = exchange.path
+        if path == "/feedback":
+            await self._feedback(exchange, caller)
+            return
         endpoint = wire.CHECKED_PATHS.get(path.lower())
         if endpoint is not None and exchange.method == "POST":
             await self._checked(exchange, caller, endpoint)
@@ -222,6 +226,28 @@ class OpenAIEdge:
         exchange.watch()
         wait_s = Patience.of(exchange.values).wait_s or 0.0
         await exchange.respond(await self._services.delivery.poll(record, wait_s=wait_s))
+
+    async def _feedback(self, exchange: Exchange, caller: Caller) -> None:
+        """Store what an application says of a response of its own; saying the same again changes nothing."""
+        if exchange.method != "POST":
+            raise InvalidRequest("Feedback is given by POST.", code="method_not_allowed")
+        services, given = self._services, read_feedback(await exchange.body())
+        record = await self._decided(given.id)
+        own = caller.role is not Role.CLIENT or (
+            record is not None and caller.key is not None and record.key_id == caller.key.id
+        )
+        if record is None or not own:
+            raise NotFound(f"There is no response {given.id}.")
+        label = given.label(record.id, caller.name, services.clock.now())
+        is_new = bool(await services.store.label([label]))
+        told = {
+            "object": "feedback",
+            "decision": record.id,
+            "acceptable": given.acceptable,
+            "stored": is_new,
+        }
+        headers = [("content-type", "application/json"), ("x-request-id", exchange.id)]
+        await exchange.respond(Reply(200, headers, orjson.dumps(told)))
 
     async def _list(self, exchange: Exchange, caller: Caller) -> None:
         """List what the provider stored, without what its client did not get as it was."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, Select, Table, insert, select, update
+from sqlalchemy import Connection, Dialect, Select, Table, exists, insert, or_, select, update
 
 from gateway.errors import Conflict, NotFound
-from gateway.records import ApiKey, DecisionRecord
+from gateway.records import ApiKey, DecisionRecord, Observed
 from gateway.store import economics
 from gateway.store.rows import (
     Entry,
@@ -19,9 +19,19 @@ from gateway.store.rows import (
     audit_row,
     decision_record,
     micros,
+    moment,
     text,
+    unpack_json,
 )
-from gateway.store.schema import api_keys, audit_entries, decisions, outbox, reviews, tasks
+from gateway.store.schema import (
+    api_keys,
+    audit_entries,
+    decisions,
+    labels,
+    outbox,
+    reviews,
+    tasks,
+)
 
 _KEPT = select(*(column for column in decisions.c if not column.name.startswith("redacted_")))
 
@@ -74,6 +84,21 @@ def by_fingerprint(
     return _first(connection, found.order_by(decisions.c.created_at.desc()).limit(1))
 
 
+def unlabelled(
+    connection: Connection, since: datetime, after: str, limit: int
+) -> list[DecisionRecord]:
+    """Decisions on whole answers that nobody has labelled, by id."""
+    said = exists().where(labels.c.decision_id == decisions.c.id)
+    query = _KEPT.where(
+        decisions.c.created_at >= micros(since),
+        decisions.c.id > after,
+        decisions.c.status.between(200, 299),
+        ~said,
+    )
+    rows = connection.execute(query.order_by(decisions.c.id).limit(limit)).mappings()
+    return [decision_record(row) for row in rows]
+
+
 def _first(connection: Connection, query: Select[Any]) -> DecisionRecord | None:
     row = connection.execute(query).mappings().first()
     return None if row is None else decision_record(row)
@@ -83,6 +108,31 @@ def with_ids(connection: Connection, decision_ids: Sequence[str]) -> dict[str, D
     """Those of these decisions that there are, by id."""
     rows = connection.execute(_KEPT.where(decisions.c.id.in_(decision_ids))).mappings()
     return {row["id"]: decision_record(row) for row in rows}
+
+
+def observed(
+    connection: Connection, label: str, after: tuple[datetime, str], until: datetime, limit: int
+) -> list[Observed]:
+    """The numbers of a policy's answered decisions after a time and id and before another time, oldest first."""
+    at_us, columns = micros(after[0]), decisions.c
+    query = select(columns.id, columns.created_at, columns.detail).where(
+        columns.policy == label,
+        columns.created_at >= at_us,
+        columns.created_at < micros(until),
+        or_(columns.created_at > at_us, columns.id > after[1]),
+        columns.status.between(200, 299),
+    )
+    rows = connection.execute(query.order_by(columns.created_at, columns.id).limit(limit))
+    return [
+        Observed(row.id, moment(row.created_at), _numbers(unpack_json(row.detail))) for row in rows
+    ]
+
+
+def _numbers(detail: Mapping[str, Any]) -> dict[str, float]:
+    decision, evidence = detail.get("decision") or {}, detail.get("evidence") or {}
+    values = {name: decision.get(name) for name in ("confidence", "score")}
+    values |= evidence.get("signals") or {}
+    return {name: float(each) for name, each in values.items() if isinstance(each, int | float)}
 
 
 def recent(connection: Connection, policy: str, limit: int) -> list[DecisionRecord]:

@@ -10,9 +10,10 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, func, select, text
 
-from gateway.records import Economics, Layer, Spend, TaskState
+from gateway.records import Economics, Layer, Spend, Tally, TaskState
 from gateway.store.rows import micros, moment
 from gateway.store.schema import decisions, spending, tasks
+from policies.model import Action
 
 _MICROSECONDS_PER_MINUTE = 60e6
 
@@ -73,6 +74,20 @@ def since(connection: Connection, at: datetime) -> Economics:
         person_minutes=float(worked_us) / _MICROSECONDS_PER_MINUTE,
         abandoned_usd=connection.scalar(abandoned) or 0.0,
     )
+
+
+def tallies(connection: Connection, at: datetime) -> list[Tally]:
+    """How many answered decisions of each policy came to each action since then; reads an index only."""
+    columns = decisions.c
+    query = select(columns.policy, columns.intended, func.count()).where(
+        columns.created_at >= micros(at), columns.intended.is_not(None)
+    )
+    sums: dict[tuple[str, Action], int] = defaultdict(int)
+    for label, intended, count in connection.execute(
+        query.group_by(columns.policy, columns.intended)
+    ):
+        sums[label.partition("@")[0], Action(intended)] += count
+    return [Tally(policy, action, count) for (policy, action), count in sorted(sums.items())]
 
 
 def _layer(

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, select
+from sqlalchemy import Connection, RowMapping, case, func, select
 from sqlalchemy import insert as sql_insert
 
 from gateway.errors import NotFound
 from gateway.labels import by_decision, latest, reduced
-from gateway.records import DecisionRecord, Label, LabelledDecision, NewLabel
+from gateway.records import DecisionRecord, Label, LabelledDecision, LabelSource, NewLabel
 from gateway.store.decisions import log, with_ids
 from gateway.store.rows import audit_row, label_record, micros, text
 from gateway.store.schema import decisions, labels, tasks
@@ -43,7 +43,8 @@ def add(connection: Connection, given: Sequence[NewLabel]) -> int:
     for each in given:
         key = each.decision_id, text(each.labeller)
         before = new.get(key) or said.get(key)
-        if before is None or _content(before) != _content(each):
+        is_known = before is not None and _content(before) == _content(each)
+        if not is_known or (each.inclusion not in (None, before and before.inclusion)):
             new[key] = each
     insert(connection, list(new.values()))
     entries = []
@@ -60,7 +61,7 @@ def add(connection: Connection, given: Sequence[NewLabel]) -> int:
 
 def _content(label: NewLabel) -> tuple[Any, ...]:
     comment = label.comment and text(label.comment)
-    return label.source, label.acceptable, label.weight, label.inclusion, label.blind, comment
+    return label.source, label.acceptable, label.weight, label.blind, comment
 
 
 def insert(connection: Connection, given: Sequence[NewLabel]) -> None:
@@ -78,8 +79,10 @@ def insert(connection: Connection, given: Sequence[NewLabel]) -> None:
 
 
 def _row(label: NewLabel, decision: RowMapping) -> dict[str, Any]:
-    inclusion = decision["inclusion"] if label.inclusion is None else label.inclusion
-    floor = decision["inclusion_floor"] or inclusion
+    inclusion = label.inclusion
+    if inclusion is None and label.source in (LabelSource.REVIEW, LabelSource.AUDIT):
+        inclusion = decision["inclusion"]
+    floor = None if inclusion is None else min(decision["inclusion_floor"] or inclusion, inclusion)
     return {
         "decision_id": label.decision_id,
         "task_id": label.task_id,
@@ -89,7 +92,7 @@ def _row(label: NewLabel, decision: RowMapping) -> dict[str, Any]:
         "acceptable": label.acceptable,
         "weight": label.weight,
         "inclusion": inclusion,
-        "inclusion_floor": None if inclusion is None else min(floor, inclusion),
+        "inclusion_floor": floor,
         "blind": label.blind,
         "comment": label.comment and text(label.comment),
         "policy": decision["policy"].partition("@")[0],
@@ -110,6 +113,15 @@ def since(connection: Connection, at: datetime) -> list[Label]:
     """The labels given since then, oldest first."""
     query = select(labels).where(labels.c.at >= micros(at)).order_by(labels.c.at, labels.c.seq)
     return [label_record(row) for row in connection.execute(query).mappings()]
+
+
+def counts(connection: Connection) -> dict[str, tuple[int, int]]:
+    """By policy, how many decisions were judged, and how many of them somebody found not acceptable."""
+    decision = labels.c.decision_id
+    wrong = case((labels.c.acceptable.is_(False), decision))
+    query = select(labels.c.policy, func.count(decision.distinct()), func.count(wrong.distinct()))
+    rows = connection.execute(query.group_by(labels.c.policy))
+    return {policy: (judged, bad) for policy, judged, bad in rows}
 
 
 def labelled(connection: Connection, after: str, limit: int) -> list[LabelledDecision]:

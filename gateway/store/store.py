@@ -26,9 +26,11 @@ from gateway.records import (
     LabelledDecision,
     NewLabel,
     NewTask,
+    Observed,
     Resolution,
     Spend,
     Standing,
+    Tally,
     TaskRecord,
     TaskState,
 )
@@ -199,6 +201,20 @@ class SqlStore:
         """The task of a decision, if it has one."""
         return await self._engine.read(partial(tasks.of_decision, decision_id=decision_id))
 
+    async def tasks_of(self, decision_ids: Sequence[str]) -> Mapping[str, TaskRecord]:
+        """The tasks of those of these decisions that have one, by decision id."""
+        found: dict[str, TaskRecord] = {}
+        for start in range(0, len(decision_ids), _IDS):
+            some = decision_ids[start : start + _IDS]
+            found |= await self._engine.read(partial(tasks.of_decisions, decision_ids=some))
+        return found
+
+    async def unlabelled(self, since: datetime, after: str, limit: int) -> Sequence[DecisionRecord]:
+        """Answered decisions taken since then that nobody has labelled, by id, those after the given one."""
+        return await self._engine.read(
+            partial(decisions.unlabelled, since=since, after=after, limit=limit)
+        )
+
     async def queue(self, now: datetime, limit: int) -> Sequence[TaskRecord]:
         """Unresolved tasks, highest risk first, then by deadline, then oldest; lapsed claims show as open."""
         return await self._engine.read(partial(tasks.queue, now=now, limit=limit))
@@ -247,9 +263,24 @@ class SqlStore:
         """The labels given since then, oldest first."""
         return await self._engine.read(partial(labelling.since, at=at))
 
+    async def label_counts(self) -> Mapping[str, tuple[int, int]]:
+        """By policy, how many decisions were judged, and how many of them somebody found not acceptable."""
+        return await self._engine.read(labelling.counts)
+
     async def labelled(self, after: str, limit: int) -> Sequence[LabelledDecision]:
         """Decisions that were judged, in order of their ids, those after the given id ("" for the first)."""
         return await self._engine.read(partial(labelling.labelled, after=after, limit=limit))
+
+    async def tallies(self, since: datetime) -> Sequence[Tally]:
+        """How many answered decisions of each policy came to each action since then."""
+        return await self._engine.read(partial(economics.tallies, at=since))
+
+    async def observed(
+        self, label: str, after: tuple[datetime, str], until: datetime, limit: int
+    ) -> Sequence[Observed]:
+        """The numbers of a policy's answered decisions after a time and id and before another time, oldest first."""
+        operation = partial(decisions.observed, label=label, after=after, until=until, limit=limit)
+        return await self._engine.read(operation)
 
     async def standings(self) -> Sequence[Standing]:
         """Where every policy stands, without what the monitors remember."""

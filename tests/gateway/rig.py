@@ -14,6 +14,7 @@ import orjson
 
 from gateway import sse, wire
 from gateway.asking import Asker
+from gateway.audits import Audits
 from gateway.auth import Caller
 from gateway.calls import Call, Held, Reply, make_call
 from gateway.errors import GatewayError
@@ -159,7 +160,9 @@ class Rig:
         jury = Jury(
             self.interviewer, verdicts, self.spending, self.clock, self.metrics, timeout_s=30
         )
-        self.assessor = assessor = Assessor(Fixed(), jury, self.clock, audit_secret=b"secret")
+        self.audits = Audits(store, secret=b"secret")
+        self.policies = Fixed()
+        self.assessor = assessor = Assessor(self.policies, jury, self.audits, self.clock)
         self.live = LiveStreams(assessor, self.recorder, self.clock, response_bytes=1_000_000)
         self.asker = Asker(self.models, self.clock, response_bytes=1_000_000)
         self.pipeline = Pipeline(store, self.asker, assessor, self.recorder, self.live, self.clock)

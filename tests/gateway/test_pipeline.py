@@ -161,7 +161,7 @@ async def test_the_sample_for_audit_can_be_drawn_again(sqlite_store: SqlStore) -
     sampled = [await rig.task(call) is not None for call in calls]
     assert {True, False} == set(sampled)
     again = Rig(sqlite_store, says("fine"))
-    draws = [again.assessor._draw(call.id) < 0.5 for call in calls]
+    draws = [again.audits.draw(call.id) < 0.5 for call in calls]
     assert draws == sampled
 
 

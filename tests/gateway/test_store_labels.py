@@ -95,6 +95,8 @@ async def test_a_decision_nobody_drew_has_no_inclusion_unless_the_label_says_so(
     assert found == {plain: None, given: 0.25}
     (drawn, task_id) = await put(store, a_task(kind=TaskKind.AUDIT, inclusion=0.1, due_at=None))
     await store.label([a_label(drawn.id)])
+    assert (await store.labelled(given, 10))[0].inclusion is None
+    await store.label([a_label(drawn.id, source=LabelSource.REVIEW, labeller="ann")])
     assert (await store.labelled(given, 10))[0].inclusion == 0.1
     assert task_id
 
@@ -177,6 +179,8 @@ async def test_cleared_alarms_are_kept_and_no_longer_open(store: SqlStore) -> No
 
 
 _DOWN = (
+    "DROP TABLE deliveries",
+    "DROP TABLE marks",
     "DROP TABLE labels",
     "DROP TABLE standings",
     "DROP TABLE alarms",

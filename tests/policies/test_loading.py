@@ -67,7 +67,7 @@ MISTAKES = {
     "unknown key": (P + "§stagez: []", "unknown key 'stagez'; did you mean 'stages'?"),
     "unknown key like none": (
         P + "audit: {§zzz: 1}",
-        "unknown key 'zzz'; known are rate",
+        "unknown key 'zzz'; known are rate, adaptive",
     ),
     "unknown nested key": (
         P + "match:\n  any:\n    - {§tsak: refund}",

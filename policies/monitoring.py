@@ -1,0 +1,430 @@
+"""Whether what was certified still holds: error escape, drift and calibration, each with a stated rate of false alarms.
+
+Plain Python, because it runs beside what answers requests. Every figure may be looked at as often as one likes: bounds hold at all
+times at once, and what is tested again and again pays for it in its threshold.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from math import erfc, exp, log, log1p, sqrt
+from typing import NamedTuple
+
+#: Bettors of a confidence sequence: how much of the most that may be staked each of them stakes.
+_STAKES = tuple(0.01 * 99 ** (step / 23) for step in range(24))
+_BISECTIONS = 40
+
+
+class Audited(NamedTuple):
+    """So many responses that were reviewed, drawn with the same probability, of which `errors` were not acceptable.
+
+    `share` in (0, 1] is the least probability with which any response was drawn at the time, over that of these.
+    """
+
+    share: float
+    reviewed: int
+    errors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Escape:
+    """The share of errors: the estimate, and bounds that hold at all times together with the stated probability.
+
+    `estimate` is None without reviews; then `low` is 0 and `high` is 1.
+    """
+
+    estimate: float | None
+    low: float
+    high: float
+    reviewed: int
+
+
+def error_escape(audited: Iterable[Audited], level: float = 0.95) -> Escape:
+    """The share of errors among all responses that could have been drawn, from those that were drawn and reviewed.
+
+    Parameters
+    ----------
+    audited : iterable of Audited
+        Reviews so far, added up by their `share`; any order.
+    level : float in (0, 1)
+        With this probability `low <= share of errors <= high` after every review, for ever, as long as that share stays
+        the same.
+
+    Returns
+    -------
+    Escape
+        The Horvitz-Thompson ratio: errors over reviews, each weighted by one over its inclusion probability.
+
+    Notes
+    -----
+    For a share m a review z (1: an error) drawn with probability p when the least was f has
+    ``E[(f / p) (z - m)] = 0`` given the past, whatever the strata and however f changes, because f / p takes back what the
+    drawing gave. So the wealth of anybody who bets on (f / p) (z - m) with stakes fixed beforehand is a non-negative martingale; the mean
+    of 24 of them with different stakes is one too; and by Ville's inequality the m at which it ever exceeds 2 / (1 - level)
+    can be left out. One half of the risk is for each end. Unreviewed draws may be left out if they are not chosen by what
+    they say. A response that was drawn with a low probability when others could be drawn with a lower one still counts little.
+
+    References
+    ----------
+    Waudby-Smith and Ramdas (2024), "Estimating means of bounded random variables by betting", sections 4.1 and B.
+    Horvitz and Thompson (1952). Hajek (1971) for the ratio. Waudby-Smith et al. (2022), "Anytime-valid off-policy
+    inference for contextual bandits", section 3, for weights.
+
+    Examples
+    --------
+    >>> found = error_escape([Audited(1.0, 400, 4)])
+    >>> found.estimate, round(found.low, 3), round(found.high, 3)
+    (0.01, 0.001, 0.037)
+    """
+    rows = [each for each in audited if each.reviewed]
+    total = sum(each.share * each.reviewed for each in rows)
+    if not total:
+        return Escape(None, 0.0, 1.0, 0)
+    estimate = sum(each.share * each.errors for each in rows) / total
+    limit = log(2 / (1 - level))
+    high = _crossing(lambda m: _wealth_below(rows, m) > limit, estimate, 1.0)
+    low = 1.0 - _crossing(lambda m: _wealth_above(rows, 1.0 - m) > limit, 1.0 - estimate, 1.0)
+    return Escape(estimate, min(low, estimate), max(high, estimate), sum(r.reviewed for r in rows))
+
+
+def _crossing(is_out: Callable[[float], bool], inside: float, outside: float) -> float:
+    """Where a condition that holds from somewhere on begins to hold; `outside` if it nowhere does."""
+    if not is_out(outside - 1e-12):
+        return outside
+    for _ in range(_BISECTIONS):
+        middle = (inside + outside) / 2
+        inside, outside = (inside, middle) if is_out(middle) else (middle, outside)
+    return outside
+
+
+def _wealth_below(rows: Sequence[Audited], m: float) -> float:
+    """The log of the mean wealth of those who bet that the share is less than m in (0, 1)."""
+    odds = m / (1 - m)
+    return _log_mean_exp(
+        sum(
+            row.errors * log1p(-stake * row.share)
+            + (row.reviewed - row.errors) * log1p(stake * row.share * odds)
+            for row in rows
+        )
+        for stake in _STAKES
+    )
+
+
+def _wealth_above(rows: Sequence[Audited], m: float) -> float:
+    """The log of the mean wealth of those who bet that the share is more than m in (0, 1)."""
+    odds = (1 - m) / m
+    return _log_mean_exp(
+        sum(
+            row.errors * log1p(stake * row.share * odds)
+            + (row.reviewed - row.errors) * log1p(-stake * row.share)
+            for row in rows
+        )
+        for stake in _STAKES
+    )
+
+
+def _log_mean_exp(logs: Iterable[float]) -> float:
+    values = list(logs)
+    top = max(values)
+    return top + log(sum(exp(each - top) for each in values) / len(values))
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorCusum:
+    """Whether errors have become more than a policy means to have, from the order in which reviews come.
+
+    `evidence` is the log of the greatest wealth of all who began to bet at some review that the share of errors exceeds
+    `target`, on `FACTOR` times as much. If it does not, an alarm among the next `horizon` reviews has a probability of at
+    most `alpha`: by Ville's inequality, once for each who may begin.
+
+    References
+    ----------
+    Page (1954), "Continuous Inspection Schemes". Shin, Ramdas and Rinaldo (2024), "E-detectors: a nonparametric framework
+    for sequential change detection", section 2. Weights as in `error_escape`.
+    """
+
+    target: float
+    horizon: int = 2000
+    alpha: float = 0.05
+    evidence: float = 0.0
+    reviewed: int = 0
+
+    def after(self, acceptable: bool, share: float = 1.0) -> ErrorCusum:
+        """The state after one more review; `share` is that of `Audited`."""
+        bad = min(_FACTOR * self.target, (1 + self.target) / 2)
+        stake = share * (bad - self.target) / (1 - self.target)
+        gain = log1p(-stake) if acceptable else log1p(stake * (1 / self.target - 1))
+        evidence = max(self.evidence, 0.0) + gain
+        return ErrorCusum(self.target, self.horizon, self.alpha, evidence, self.reviewed + 1)
+
+    @property
+    def limit(self) -> float:
+        """The evidence from which on there is an alarm."""
+        return log(self.horizon / self.alpha)
+
+    @property
+    def is_alarm(self) -> bool:
+        """Whether errors have become too many."""
+        return self.evidence >= self.limit
+
+
+_FACTOR = 3.0
+
+
+Rank = tuple[int, int]
+"""How many of a reference are less than a value, and how many are not more."""
+
+
+def kolmogorov_smirnov(ranks: Sequence[Rank], n: int) -> float:
+    """The greatest distance in [0, 1] of two distribution functions, from the sorted ranks of one sample in another of n.
+
+    Neither is empty. Values that are equal make it smaller, so that a test with it errs on the quiet side.
+
+    References
+    ----------
+    Smirnov (1939), "On the estimation of the discrepancy between empirical curves of distribution for two independent
+    samples".
+
+    Examples
+    --------
+    >>> reference = [0.1, 0.2, 0.3, 0.4]
+    >>> kolmogorov_smirnov([rank(reference, value) for value in (0.3, 0.4, 0.5, 0.6)], 4)
+    0.5
+    """
+    greatest, behind, m = 0.0, 0, len(ranks)
+    for at, (less, not_more) in enumerate(ranks, 1):
+        if at < m and ranks[at] == ranks[at - 1]:
+            continue
+        greatest = max(greatest, less / n - behind / m, at / m - not_more / n)
+        behind = at
+    return greatest
+
+
+def rank(reference: Sequence[float], value: float) -> Rank:
+    """The rank of a value in a sorted reference."""
+    return bisect_left(reference, value), bisect_right(reference, value)
+
+
+def critical_distance(n: int, m: int, p: float) -> float:
+    """The distance that two samples of n and m of one distribution exceed with a probability of about p at most.
+
+    References
+    ----------
+    Smirnov (1939): ``2 exp(-2 d**2 n m / (n + m))``, the first term of the limit, which is above it.
+    """
+    return sqrt(-log(p / 2) / 2 * (n + m) / (n * m))
+
+
+class Binned(NamedTuple):
+    """Two samples over bins of equal mass of the first: chi-squared with its degrees of freedom, and the stability index.
+
+    The population stability index is 0 for equal shares; by custom 0.1 is notable and 0.25 is much.
+    """
+
+    statistic: float
+    degrees: int
+    stability: float
+
+
+def binned(ranks: Sequence[Rank], reference: Sequence[float], bins: int = 20) -> Binned:
+    """Compare a sample, by its sorted ranks, with a sorted reference, neither empty, over at most so many bins.
+
+    Shares in the index are counted with half a case more, so that an empty bin is no infinity.
+
+    References
+    ----------
+    Pearson (1900), for two samples. Yurdakul and Naranjo (2020), "Statistical properties of the population stability index".
+    """
+    n, m = len(reference), len(ranks)
+    cuts = sorted({bisect_right(reference, reference[n * k // bins]) for k in range(1, bins)} - {n})
+    found = [not_more for _, not_more in ranks]
+    statistic = stability = 0.0
+    old_ends, new_ends = [0, *cuts, n], [0, *(bisect_right(found, cut) for cut in cuts), m]
+    counts = [
+        (b - a, d - c)
+        for (a, b), (c, d) in zip(pairwise(old_ends), pairwise(new_ends), strict=True)
+    ]
+    for old, new in counts:
+        statistic += (m * old - n * new) ** 2 / (n * m * (old + new))
+        old_share, new_share = (
+            (old + 0.5) / (n + len(counts) / 2),
+            (new + 0.5) / (m + len(counts) / 2),
+        )
+        stability += (new_share - old_share) * log(new_share / old_share)
+    return Binned(statistic, len(cuts), stability)
+
+
+#: How many of the latest values are compared: few find great changes soon, many find small ones at all.
+WINDOWS = (100, 250, 500, 1000)
+REFERENCE = 1000
+HORIZON = 10_000
+ALPHA = 0.05
+_LOOKS_A_WINDOW = 4
+_TESTS = 2
+
+
+class Drift(NamedTuple):
+    """A distribution that has changed: the last `window` values against the reference.
+
+    `test` is `ks` or `chi2`, whichever found it, and `critical` what its figure would still have been let pass. `before` and
+    `after` are medians.
+    """
+
+    test: str
+    window: int
+    distance: float
+    chi2: float
+    critical: float
+    stability: float
+    before: float
+    after: float
+
+
+@dataclass(slots=True)
+class DriftMonitor:
+    """Whether a stream of numbers still has the distribution that its first REFERENCE values had.
+
+    The last 100, 250, 500 and 1000 values are compared with the reference, four times while a window fills anew: by
+    Kolmogorov's and Smirnov's distance, which sees what moves, and by chi-squared over up to 20 bins (at least ten expected in
+    each), which sees what changes its shape. `series` is how many monitors share one promise: if nothing changes, one of
+    them gives an alarm within HORIZON values with a probability of at most ALPHA (Bonferroni over series, windows, tests
+    and looks, so in truth less: they overlap).
+    """
+
+    reference: list[float] = field(default_factory=list)
+    recent: deque[Rank] = field(default_factory=lambda: deque(maxlen=WINDOWS[-1]))
+    seen: int = 0
+
+    def add(self, value: float, series: int = 1) -> Drift | None:
+        """Take in one more value, and give the drift that shows; None if none does, or it is not yet time to look."""
+        if len(self.reference) < REFERENCE:
+            self.reference.append(value)
+            if len(self.reference) == REFERENCE:
+                self.reference.sort()
+            return None
+        self.recent.append(rank(self.reference, value))
+        self.seen += 1
+        due = (
+            window
+            for window in WINDOWS
+            if self.seen >= window and self.seen % (window // _LOOKS_A_WINDOW) == 0
+        )
+        looks = (self._look(window, series) for window in due)
+        return next((found for found in looks if found is not None), None)
+
+    def _look(self, window: int, series: int) -> Drift | None:
+        looks = HORIZON * _LOOKS_A_WINDOW / window
+        p = ALPHA / (series * len(WINDOWS) * _TESTS * looks)
+        ranks = sorted(list(self.recent)[-window:])
+        distance = kolmogorov_smirnov(ranks, REFERENCE)
+        bins = binned(ranks, self.reference, min(20, window // 10))
+        test, critical = "ks", critical_distance(REFERENCE, window, p)
+        if distance <= critical:
+            if not bins.degrees:
+                return None
+            test, critical = "chi2", chi_squared_quantile(bins.degrees, p)
+            if bins.statistic <= critical:
+                return None
+        middle = min(ranks[window // 2][0], REFERENCE - 1)
+        return Drift(
+            test,
+            window,
+            distance,
+            bins.statistic,
+            critical,
+            bins.stability,
+            self.reference[REFERENCE // 2],
+            self.reference[middle],
+        )
+
+
+class Miscalibration(NamedTuple):
+    """Confidence that is not what it says, on the last `n` labels.
+
+    `error` is the expected calibration error in bins of equal mass; `statistic` would exceed `critical` by chance with the
+    stated probability. `claimed` and `found` are the mean confidence and the share that was acceptable.
+    """
+
+    n: int
+    error: float
+    statistic: float
+    critical: float
+    claimed: float
+    found: float
+
+
+CALIBRATION_LABELS = 200
+_CALIBRATION_BINS = 10
+_CALIBRATION_LOOKS = 40
+
+
+def miscalibration(pairs: Sequence[tuple[float, bool]]) -> Miscalibration | None:
+    """Whether n labels contradict the confidences given before; None if not, or with fewer than CALIBRATION_LABELS.
+
+    Parameters
+    ----------
+    pairs : sequence of (confidence in [0, 1], acceptable)
+        Which responses were labelled may depend on their confidence, but for the same confidence not on what they say.
+
+    Notes
+    -----
+    Given the confidences, labels of a calibrated model are independent draws. The sum over bins of squared
+    differences over their variance is then about chi-squared with as many degrees of freedom. A look finds something by
+    chance with a probability of ALPHA / 40: 40 looks at fresh labels together ALPHA.
+
+    References
+    ----------
+    Hosmer and Lemeshow (1980), "Goodness of fit tests for the multiple logistic regression model". Wilson and Hilferty
+    (1931) for the tail.
+    """
+    n = len(pairs)
+    if n < CALIBRATION_LABELS:
+        return None
+    ordered = sorted(pairs)
+    statistic = error = 0.0
+    for at in range(_CALIBRATION_BINS):
+        rows = ordered[n * at // _CALIBRATION_BINS : n * (at + 1) // _CALIBRATION_BINS]
+        expected = sum(confidence for confidence, _ in rows)
+        variance = sum(confidence * (1 - confidence) for confidence, _ in rows)
+        gap = sum(acceptable for _, acceptable in rows) - expected
+        statistic += gap * gap / max(variance, 0.25)
+        error += abs(gap) / n
+    critical = chi_squared_quantile(_CALIBRATION_BINS, ALPHA / _CALIBRATION_LOOKS)
+    if statistic <= critical:
+        return None
+    claimed = sum(confidence for confidence, _ in pairs) / n
+    return Miscalibration(n, error, statistic, critical, claimed, sum(a for _, a in pairs) / n)
+
+
+@cache
+def chi_squared_quantile(degrees: int, tail: float) -> float:
+    """What chi-squared exceeds with the probability `tail` in (0, 1), by Wilson and Hilferty's approximation.
+
+    In the far tail it is too high, by 1 to 3 % for many degrees of freedom and 15 % for one: on the quiet side.
+
+    Examples
+    --------
+    >>> round(chi_squared_quantile(10, 0.05), 1)
+    18.3
+    """
+    low, high = -10.0, 10.0
+    for _ in range(60):
+        z = (low + high) / 2
+        low, high = (z, high) if erfc(z / sqrt(2)) / 2 > tail else (low, z)
+    spread = 2 / (9 * degrees)
+    return degrees * float((1 - spread + low * sqrt(spread)) ** 3)
+
+
+def agreement(answers: Iterable[Sequence[bool]]) -> tuple[int, int]:
+    """Of all pairs of people who judged the same response: how many agree, and how many there are."""
+    agreed = pairs = 0
+    for each in answers:
+        n, yes = len(each), sum(each)
+        pairs += n * (n - 1) // 2
+        agreed += yes * (yes - 1) // 2 + (n - yes) * (n - yes - 1) // 2
+    return agreed, pairs

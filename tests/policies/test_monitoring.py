@@ -1,0 +1,231 @@
+"""The maths of the monitors: against other implementations, and by simulation with known truth."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from math import sqrt
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chi2, chi2_contingency, ks_2samp
+
+from policies.monitoring import (
+    HORIZON,
+    REFERENCE,
+    Audited,
+    DriftMonitor,
+    ErrorCusum,
+    agreement,
+    binned,
+    chi_squared_quantile,
+    error_escape,
+    kolmogorov_smirnov,
+    miscalibration,
+    rank,
+)
+
+values = st.lists(st.integers(0, 9).map(float) | st.floats(0, 1), min_size=2, max_size=60)
+
+
+class TestErrorEscape:
+    @given(
+        st.lists(
+            st.tuples(st.floats(0.05, 1), st.integers(0, 200), st.integers(0, 200)), max_size=5
+        ),
+        st.floats(0.8, 0.99),
+    )
+    def test_the_interval_is_around_the_estimate_and_wider_with_more_confidence(
+        self, counts: list[tuple[float, int, int]], level: float
+    ) -> None:
+        rows = [Audited(share, n + errors, errors) for share, n, errors in counts]
+        found, wider = error_escape(rows, level), error_escape(rows, (1 + level) / 2)
+        assert 0 <= wider.low <= found.low <= found.high <= wider.high <= 1
+        if found.estimate is None:
+            assert (found.low, found.high, found.reviewed) == (0, 1, 0)
+        else:
+            assert found.low <= found.estimate <= found.high
+
+    def test_without_errors_more_reviews_prove_more(self) -> None:
+        highs = [error_escape([Audited(1.0, n, 0)]).high for n in (10, 100, 1000, 10_000)]
+        assert highs == sorted(highs, reverse=True)
+        assert highs[1] < 0.07
+        assert highs[3] < 0.001
+
+    def test_weights_take_back_what_the_drawing_gave(self) -> None:
+        drawn = [Audited(0.1, 1000, 500), Audited(1.0, 400, 4)]
+        estimate = error_escape(drawn).estimate
+        assert estimate == pytest.approx((0.1 * 500 + 4) / (0.1 * 1000 + 400))
+
+    @pytest.mark.parametrize("truth", [0.005, 0.02, 0.15])
+    def test_the_interval_holds_while_one_looks_again_and_again(self, truth: float) -> None:
+        draw, misses, runs = np.random.default_rng(1), 0, 100
+        for _ in range(runs):
+            errors = np.cumsum(draw.random(600) < truth)
+            looks = (
+                error_escape([Audited(1.0, n, int(errors[n - 1]))]) for n in range(10, 601, 60)
+            )
+            misses += any(not look.low <= truth <= look.high for look in looks)
+        assert misses <= 0.05 * runs
+
+    def test_held_items_and_a_tenth_of_the_rest_give_the_whole_without_bias(self) -> None:
+        draw, misses, runs, estimates, naive = np.random.default_rng(2), 0, 150, [], []
+        for _ in range(runs):
+            confidence = draw.beta(8, 1, 6000)
+            wrong = draw.random(6000) < 1 - confidence
+            held = confidence < 0.8
+            inclusion = np.where(held, 1.0, 0.1)
+            seen = draw.random(6000) < inclusion
+            truth = float(np.mean(1 - confidence))
+            for upto in (1500, 3000, 6000):
+                part = slice(0, upto)
+                rows = [
+                    Audited(0.1 / p, int(at.sum()), int((at & wrong[part]).sum()))
+                    for p in (0.1, 1.0)
+                    if (at := seen[part] & (inclusion[part] == p)).any()
+                ]
+                found = error_escape(rows)
+                if not found.low <= 1 / 9 <= found.high:
+                    misses += 1
+                    break
+            assert found.estimate is not None
+            estimates.append(found.estimate - truth)
+            naive.append(float(wrong[seen].mean()) - truth)
+        standard_error = np.std(estimates) / sqrt(runs)
+        assert abs(np.mean(estimates)) < 3 * standard_error + 1e-3
+        assert np.mean(naive) > 0.1
+        assert misses <= 0.05 * runs
+
+
+class TestErrorCusum:
+    def test_it_is_quiet_while_errors_are_as_they_should_be(self) -> None:
+        draw, alarms = np.random.default_rng(3), 0
+        for _ in range(200):
+            cusum = ErrorCusum(0.02)
+            for wrong in draw.random(2000) < 0.02:
+                cusum = cusum.after(not wrong)
+                if cusum.is_alarm:
+                    alarms += 1
+                    break
+        assert alarms <= 0.05 * 200
+
+    def test_it_notices_five_times_as_many_within_some_hundred_reviews(self) -> None:
+        draw, delays = np.random.default_rng(4), []
+        for _ in range(100):
+            cusum, n = ErrorCusum(0.02), 0
+            for wrong in draw.random(3000) < 0.10:
+                cusum, n = cusum.after(not wrong), n + 1
+                if cusum.is_alarm:
+                    break
+            delays.append(n)
+        assert np.median(delays) <= 200
+        assert max(delays) < 1000
+
+    @given(st.lists(st.tuples(st.booleans(), st.floats(0.01, 1)), max_size=100))
+    def test_one_more_error_is_more_evidence(self, reviews: list[tuple[bool, float]]) -> None:
+        cusum = ErrorCusum(0.05)
+        for acceptable, share in reviews:
+            cusum = cusum.after(acceptable, share)
+        assert cusum.after(False).evidence > cusum.after(True).evidence
+        assert cusum.reviewed == len(reviews)
+
+
+class TestDrift:
+    @given(values, values)
+    def test_the_distance_is_that_of_two_samples(
+        self, first: list[float], second: list[float]
+    ) -> None:
+        reference = sorted(first)
+        ranks = sorted(rank(reference, each) for each in second)
+        expected = ks_2samp(first, second, method="asymp").statistic
+        assert kolmogorov_smirnov(ranks, len(reference)) == pytest.approx(expected, abs=1e-9)
+
+    def test_bins_of_equal_mass_give_pearsons_statistic_and_no_infinity(self) -> None:
+        draw = np.random.default_rng(5)
+        reference = sorted(draw.random(1000))
+        other = draw.random(500) ** 2
+        ranks = sorted(rank(reference, each) for each in other)
+        cuts = [reference[1000 * k // 10 + 1] for k in range(1, 10)]
+        table = [
+            np.bincount(np.searchsorted(cuts, each, "right"), minlength=10)
+            for each in (np.asarray(reference), other)
+        ]
+        found = binned(ranks, reference, 10)
+        assert found.statistic == pytest.approx(chi2_contingency(np.asarray(table)).statistic)
+        assert found.degrees == 9
+        assert found.stability > 0.25
+        assert binned([(1000, 1000)] * 50, reference).stability < 20
+        assert binned([(0, 1000)] * 50, [1.0] * 1000) == (0.0, 0, 0.0)
+
+    @pytest.mark.parametrize("degrees", [1, 4, 9, 19])
+    @pytest.mark.parametrize("tail", [0.05, 1e-3, 1e-6])
+    def test_the_quantile_is_that_of_chi_squared_or_a_little_more(
+        self, degrees: int, tail: float
+    ) -> None:
+        exact = chi2.isf(tail, degrees)
+        most = 1.16 if degrees == 1 else 1.06
+        assert 0.97 * exact <= chi_squared_quantile(degrees, tail) <= most * exact
+
+    def test_it_is_quiet_while_nothing_changes(self) -> None:
+        draw, runs = np.random.default_rng(6), 25
+        alarms = sum(
+            first_alarm(draw.beta(8, 1, REFERENCE + HORIZON // 2)) is not None for _ in range(runs)
+        )
+        assert alarms <= 2
+
+    @pytest.mark.parametrize(
+        ("after", "within"), [((4.0, 1.0), 150), ((6.0, 1.0), 500), ((8.0, 1.3), 500)]
+    )
+    def test_it_notices_changes_of_place_and_of_shape(
+        self, after: tuple[float, float], within: int
+    ) -> None:
+        draw, delays = np.random.default_rng(7), []
+        for _ in range(15):
+            at = first_alarm(np.concatenate([draw.beta(8, 1, 1500), draw.beta(*after, 2000)]))
+            assert at is not None
+            delays.append(at - 1500)
+        assert np.median(delays) <= within
+
+    def test_a_signal_that_never_moves_never_drifts_and_one_that_begins_to_does(self) -> None:
+        assert first_alarm(np.ones(3000)) is None
+        assert first_alarm(np.concatenate([np.ones(1500), np.linspace(0.9, 1, 200)])) is not None
+
+
+def first_alarm(stream: np.ndarray) -> int | None:
+    monitor = DriftMonitor()
+    for at, value in enumerate(stream, 1):
+        if monitor.add(float(value)) is not None:
+            return at
+    return None
+
+
+class TestCalibration:
+    def test_confidence_that_is_true_is_let_be(self) -> None:
+        draw, found = np.random.default_rng(8), 0
+        for _ in range(200):
+            confidence = draw.beta(8, 1, 500)
+            labels = draw.random(500) < confidence
+            found += (
+                miscalibration(list(zip(confidence, map(bool, labels), strict=True))) is not None
+            )
+        assert found <= 2
+
+    def test_confidence_that_is_too_high_is_noticed_with_its_error(self) -> None:
+        draw = np.random.default_rng(9)
+        confidence = draw.beta(8, 1, 500)
+        labels = draw.random(500) < confidence - 0.15
+        found = miscalibration(list(zip(confidence, map(bool, labels), strict=True)))
+        assert found is not None
+        assert found.error == pytest.approx(0.15, abs=0.05)
+        assert found.claimed - found.found == pytest.approx(0.15, abs=0.05)
+
+    def test_few_labels_say_nothing(self) -> None:
+        assert miscalibration([(0.99, False)] * 199) is None
+        assert miscalibration([(0.99, False)] * 200) is not None
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), max_size=10))
+def test_agreement_counts_pairs(answers: list[list[bool]]) -> None:
+    pairs = [(a, b) for each in answers for a, b in combinations(each, 2)]
+    assert agreement(answers) == (sum(a == b for a, b in pairs), len(pairs))
