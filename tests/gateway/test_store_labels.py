@@ -18,7 +18,9 @@ from gateway.records import (
     LabelledDecision,
     LabelSource,
     NewLabel,
+    Observed,
     Standing,
+    Tally,
     TaskKind,
     Verdict,
 )

@@ -130,7 +130,7 @@ QUERIES: dict[str, tuple[Callable[[Connection], object], str]] = {
     "erase_due": (partial(decisions.to_erase, now=later(2001), limit=20), "ix_decisions_erase_at"),
     "labels_after": (
         partial(labels.after, policy="refunds", seq=500, limit=20),
-        "ix_labels_policy",
+        "labels",
     ),
     "observed": (
         partial(decisions.observed, label="refunds@1", after=(NOW, ""), until=later(9), limit=20),
