@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from gateway.records import (
     TaskKind,
     Verdict,
 )
-from gateway.store import SqlStore, open_store
+from gateway.store import SqlStore, decisions, open_store
 from gateway.store.engines import Engine
 from gateway.store.schema import audit_entries, labels, outbox
 from policies import Action, RiskTier
 from tests.gateway.stores import NOW, a_decision, a_resolution, a_task, engine_of, later, put, rows
+from tests.gateway.test_store_schema import plans, populate
 
 
 def a_label(decision_id: str, **changes: Any) -> NewLabel:
@@ -257,15 +259,26 @@ async def test_monitors_are_given_every_decision_once_in_order(store: SqlStore) 
         "decision": {"confidence": 0.9, "score": None},
         "evidence": {"signals": {"mean_logprob": -0.1, "n_tokens": 3}},
     }
-    made = [a_decision(created_at=later(n // 3), detail=detail) for n in range(10)]
+    made = [a_decision(created_at=later(n / 3), detail=detail) for n in range(10)]
     for each in made:
         await store.record(each)
     await store.record(a_decision(created_at=later(2), status=500))
     await store.record(a_decision(created_at=later(2), policy="other@1"))
     found: list[Observed] = []
-    after = (NOW, "")
+    after = later(-1)
     while page := await store.observed("refunds@1", after, later(3), 4):
         found += page
-        after = page[-1].at, page[-1].id
+        after = page[-1].at
     assert [each.id for each in found] == [each.id for each in made[:9]]
     assert found[0].values == {"confidence": 0.9, "mean_logprob": -0.1, "n_tokens": 3.0}
+
+
+async def test_monitors_read_no_more_than_what_is_new(store: SqlStore, engine: Engine) -> None:
+    await populate(store)
+    await engine.write(lambda connection: connection.execute(text("ANALYZE")))
+    operation = partial(
+        decisions.observed, label="refunds@1", after=later(2900), until=later(3000), limit=500
+    )
+    plan = await plans(engine, operation)
+    assert "ix_decisions_economics" in plan
+    assert "Seq Scan" not in plan

@@ -132,10 +132,6 @@ QUERIES: dict[str, tuple[Callable[[Connection], object], str]] = {
         partial(labels.after, policy="refunds", seq=500, limit=20),
         "labels",
     ),
-    "observed": (
-        partial(decisions.observed, label="refunds@1", after=(NOW, ""), until=later(9), limit=20),
-        "ix_decisions_economics",
-    ),
     "settled": (partial(tasks.settled, task_ids=["hgt_1", "hgt_2"]), "tasks"),
 }
 
