@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from policies.escalation import Row, Tally, fit_threshold, settle, tally
-from policies.fitting import best_fit, fit_logistic
+from policies.maps import best_fit, fit_logistic
 from policies.measures import auroc, ece
 from policies.signals import token_signals
 from validators import TokenLogprob, TopLogprob

@@ -33,8 +33,9 @@ from policies import (
     load_calibrator,
 )
 from policies.calibration import certificate_for
+from policies.columns import LEAST
 from policies.diagnostics import Diagnostics
-from policies.fitting import LEAST, Mode, Per, examine
+from policies.fitting import Mode, Per, examine
 from policies.fitting import fit as fitted
 from policies.labelled import Labelled
 from policies.model import Name

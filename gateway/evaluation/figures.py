@@ -19,7 +19,7 @@ from policies.agreement import (
     length_bias,
     position_bias,
 )
-from policies.fitting import best_fit, cross_fitted
+from policies.maps import best_fit, cross_fitted
 from policies.measures import auroc, brier, ece
 from validators import Outcome
 

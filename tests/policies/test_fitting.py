@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from policies.calibration import Beta, CalibrationError, Isotonic, Platt, logistic
-from policies.fitting import (
+from policies.maps import (
     Fit,
     best_fit,
     cross_fitted,
