@@ -19,6 +19,8 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from policies.calibration import Calibrator
 from policies.fitting import Mode, fit

@@ -11,7 +11,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -39,7 +39,7 @@ from gateway.live import LiveStreams
 from gateway.monitors import Monitors
 from gateway.pipeline import Pipeline
 from gateway.policy_files import PolicyFiles
-from gateway.ports import Clock
+from gateway.ports import Bus, Clock
 from gateway.recording import Recorder, new_id
 from gateway.reviews import Reviews, WaitingRoom
 from gateway.services import Services
@@ -50,6 +50,7 @@ from gateway.telemetry import Metrics, configure_logs
 from gateway.upstream.routing import Router
 from gateway.verdicts import Verdicts
 from gateway.webhooks import Webhooks
+from policies import PolicySet
 
 _log = structlog.get_logger()
 
@@ -118,23 +119,23 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
         stack.push_async_callback(bus.close)
         router = Router(settings)
         stack.push_async_callback(router.close)
-        room = WaitingRoom(
-            store, bus, clock, metrics, usd_per_minute=settings.review.usd_per_minute
-        )
+        usd_per_minute = settings.review.usd_per_minute
+        room = WaitingRoom(store, bus, clock, metrics, usd_per_minute=usd_per_minute)
         recorder = Recorder(store, bus, clock, metrics)
         spending = Spending(store, clock)
         await spending.refresh()
         stack.push_async_callback(spending.close)
-        given = settings.judges
-        interviewer = Interviewer(router, prices, clock, metrics, concurrency=given.concurrency)
-        verdicts = Verdicts(bus, clock, limit_bytes=given.cache_bytes, keep_s=given.cache_s)
-        jury = Jury(interviewer, verdicts, spending, clock, metrics, timeout_s=given.timeout_s)
+        concurrency = settings.judges.concurrency
+        interviewer = Interviewer(router, prices, clock, metrics, concurrency=concurrency)
+        jury = _jury(settings, interviewer, bus, spending, clock, metrics)
         audits = Audits(store, secret=_audit_secret(settings))
         await audits.refresh()
         assessor = Assessor(policies, jury, audits, clock)
         response_bytes = settings.limits.response_bytes
+        asker = Asker(router, clock, response_bytes=response_bytes)
         live = LiveStreams(assessor, recorder, clock, response_bytes=response_bytes)
         stack.push_async_callback(live.drain)
+        hold = settings.hold
         webhooks = Webhooks(store, clock, metrics, settings)
         stack.push_async_callback(webhooks.close)
         services = Services(
@@ -149,35 +150,46 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
                 store, required=_asks_for_keys(settings), monotonic_s=clock.monotonic_s
             ),
             interviewer=interviewer,
-            pipeline=Pipeline(
-                store,
-                Asker(router, clock, response_bytes=response_bytes),
-                assessor,
-                recorder,
-                live,
-                clock,
-            ),
+            pipeline=Pipeline(store, asker, assessor, recorder, live, clock),
             delivery=Delivery(
-                store,
-                room,
-                keepalive_s=settings.hold.keepalive_s,
-                max_waiting=settings.hold.max_waiting,
+                store, room, keepalive_s=hold.keepalive_s, max_waiting=hold.max_waiting
             ),
             reviews=Reviews(store, bus, clock, room),
             room=room,
         )
         monitors = Monitors(store, policies, clock, metrics, new_id=new_id)
         stack.push_async_callback(monitors.close)
-        workers = (room, spending, webhooks, audits, monitors)
-        for work in (policies.watch(), *(each.run() for each in workers)):
-            task = asyncio.create_task(work)
-            stack.push_async_callback(_stop, task)
+        _in_background(stack, policies.watch())
+        for each in (room, spending, webhooks, audits, monitors):
+            _in_background(stack, each.run())
         stack.callback(room.close)
         _on_stop_signal(room.close)
+        _warn_of(policies.current)
         _tidy_memory()
-        for problem in policies.current.warnings:
-            _log.warning("policy_warning", problem=str(problem))
         yield services
+
+
+def _warn_of(policies: PolicySet) -> None:
+    for problem in policies.warnings:
+        _log.warning("policy_warning", problem=str(problem))
+
+
+def _jury(
+    settings: Settings,
+    interviewer: Interviewer,
+    bus: Bus,
+    spending: Spending,
+    clock: Clock,
+    metrics: Metrics,
+) -> Jury:
+    given = settings.judges
+    verdicts = Verdicts(bus, clock, limit_bytes=given.cache_bytes, keep_s=given.cache_s)
+    return Jury(interviewer, verdicts, spending, clock, metrics, timeout_s=given.timeout_s)
+
+
+def _in_background(stack: contextlib.AsyncExitStack, work: Coroutine[None, None, None]) -> None:
+    """Run something until the stack is left."""
+    stack.push_async_callback(_stop, asyncio.create_task(work))
 
 
 def _tidy_memory() -> None:

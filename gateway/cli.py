@@ -17,6 +17,7 @@ from gateway import __version__, economics
 from gateway.auth import new_key
 from gateway.calibrating.commands import calibrate
 from gateway.evaluation.commands import judge
+from gateway.learning.commands import export, learn
 from gateway.operating import labels, resume, status, with_store
 from gateway.recording import new_id
 from gateway.records import Role
@@ -40,6 +41,8 @@ app.add_typer(calibrate, name="calibrate")
 app.add_typer(labels, name="labels")
 app.command()(status)
 calibrate.command()(resume)
+app.add_typer(learn, name="learn")
+app.command()(export)
 
 
 def main() -> None:

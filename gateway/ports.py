@@ -89,6 +89,12 @@ class Store(Protocol):
     async def task_of(self, decision_id: str) -> TaskRecord | None:
         """The task of a decision, if it has one."""
 
+    async def tasks_of(self, decision_ids: Sequence[str]) -> Mapping[str, TaskRecord]:
+        """The tasks of those of these decisions that have one, by decision id."""
+
+    async def unlabelled(self, since: datetime, after: str, limit: int) -> Sequence[DecisionRecord]:
+        """Answered decisions taken since then that nobody has labelled, by id, those after the given one."""
+
     async def queue(self, now: datetime, limit: int) -> Sequence[TaskRecord]:
         """Unresolved tasks, highest risk first, then by deadline, then oldest; lapsed claims show as open."""
 

@@ -8,8 +8,9 @@ does not apply, and there is no confidence.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import combinations, pairwise
 from math import exp, isfinite, isnan, log, log1p, nan
 from typing import Annotated, Any, Literal, TypeAlias
@@ -24,8 +25,8 @@ from policies.signals import (
     JudgeSignal,
     LogprobName,
     SignalName,
-    feature,
     log_odds,
+    scale_of,
 )
 
 MAX_CHARS = 1_000_000
@@ -104,10 +105,14 @@ class LogisticScore(Part):
 
     def of(self, values: Mapping[str, float]) -> float:
         """The score in [0, 1]."""
-        weighted = (
-            weight * feature(name, values[name]) for name, weight in self.coefficients.items()
-        )
-        return logistic(self.intercept + sum(weighted))
+        z = self.intercept
+        for name, weight, scale in self._terms:
+            z += weight * scale(values[name])
+        return logistic(z)
+
+    @cached_property
+    def _terms(self) -> list[tuple[str, float, Callable[[float], float]]]:
+        return [(name, weight, scale_of(name)) for name, weight in self.coefficients.items()]
 
 
 class Platt(Part):
@@ -335,8 +340,10 @@ class Calibrator(Part):
 
     def lacks(self, values: Mapping[str, float]) -> str | None:
         """The first signal it needs that is missing or not finite, None if it has them all."""
-        signals = self.score.signals
-        return next((name for name in signals if not isfinite(values.get(name, nan))), None)
+        for name in self.score.signals:
+            if not isfinite(values.get(name, nan)):
+                return name
+        return None
 
     def confidence(self, values: Mapping[str, float], check_scores: Iterable[float] = ()) -> float:
         """The probability in [0, 1] that the response is acceptable.

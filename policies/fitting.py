@@ -17,9 +17,9 @@ from typing import Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
+from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit
-from sklearn.isotonic import IsotonicRegression, isotonic_regression
+from sklearn.isotonic import IsotonicRegression
 
 from policies.calibration import (
     Beta,
@@ -67,7 +67,7 @@ class Fit(Protocol):
         ...
 
 
-_QUANTILES = 100
+_QUANTILES = 50
 
 
 def fit_logistic(
@@ -259,7 +259,7 @@ def fit_venn_abers(scores: Column, labels: Labels, weights: Column | None = None
     """Fit isotonic steps twice at each score, with one label more of either kind, and merge them.
 
     Where few labels speak, the two are far apart and the merged probability is drawn to the middle: no
-    0 or 1 from a handful of labels that agree. Computed at no more than 100 quantiles of the scores,
+    0 or 1 from a handful of labels that agree. Computed at no more than 50 quantiles of the scores,
     linear between them.
 
     Raises
@@ -292,8 +292,8 @@ def fit_venn_abers(scores: Column, labels: Labels, weights: Column | None = None
         with_false[place] *= weight[place] / more[place]
         with_true = with_false.copy()
         with_true[place] += 1.0 / more[place]
-        low = isotonic_regression(with_false, sample_weight=more)[place]
-        high = isotonic_regression(with_true, sample_weight=more)[place]
+        low = float(isotonic_regression(with_false, weights=more).x[place])
+        high = float(isotonic_regression(with_true, weights=more).x[place])
         merged.append(high / (1 - low + high))
     return _isotonic(at, np.maximum.accumulate(merged))
 
@@ -471,8 +471,9 @@ def fit(  # noqa: PLR0913 -- one call does it all, and every argument is named
     Labels of less than full trust (`weight` < 1) help to order and to calibrate; thresholds rest on
     the others alone.
 
-    The score is the single signal or the logistic combination whose log loss is lowest under
-    cross-validation, the calibrator likewise.
+    The score is a single signal or a logistic combination of several: all that say anything, or as many
+    as lower the log loss when added one by one to the best. That is measured by cross-validation after a
+    monotone map, as only the order counts; the calibrator is chosen likewise.
 
     References
     ----------
@@ -764,19 +765,31 @@ def _choose_score(
     says = [abs(each - 0.5) > 2 * noise for each in alone]
     ranked = sorted(range(len(alone)), key=lambda i: -abs(alone[i] - 0.5))
     able = [i for i in ranked if says[i]] or ranked[:1]
-    tried: dict[tuple[int, ...], float] = {
-        (i,): log_loss(table.probabilities([i]), labels, weights) for i in able
-    }
-    together = tuple(able[:_MOST_SIGNALS])
-    if len(together) > 1:
-        if len(labels) >= _TOGETHER and min(kinds) >= _TOGETHER_OF_A_KIND:
-            tried[together] = log_loss(table.probabilities(together), labels, weights)
-        else:
-            remarks.append(
-                f"{len(labels)} labels, {min(kinds)} of the rarer kind, are too few to combine "
-                f"signals ({_TOGETHER} and {_TOGETHER_OF_A_KIND}): the best one is the score"
-            )
+
+    def loss(columns: tuple[int, ...]) -> float:
+        # Only the order matters: whatever the scale, a monotone map comes after.
+        found = table.probabilities(columns)
+        return log_loss(
+            cross_fitted(found, labels, fit_venn_abers, weights=weights), labels, weights
+        )
+
+    tried: dict[tuple[int, ...], float] = {(i,): loss((i,)) for i in able}
     chosen = min(tried, key=tried.__getitem__)
+    if len(able) > 1 and (len(labels) < _TOGETHER or min(kinds) < _TOGETHER_OF_A_KIND):
+        remarks.append(
+            f"{len(labels)} labels, {min(kinds)} of the rarer kind, are too few to combine "
+            f"signals ({_TOGETHER} and {_TOGETHER_OF_A_KIND}): the best one is the score"
+        )
+    elif len(able) > 1:
+        tried[tuple(able[:_MOST_SIGNALS])] = loss(tuple(able[:_MOST_SIGNALS]))
+        while len(chosen) < _MOST_SIGNALS:
+            more = [(*chosen, i) for i in able if i not in chosen]
+            wider = {some: loss(some) for some in more}
+            if not wider or min(wider.values()) >= tried[chosen]:
+                break
+            chosen = min(wider, key=wider.__getitem__)
+            tried[chosen] = wider[chosen]
+        chosen = min(tried, key=tried.__getitem__)
     intercept, coefficients = _ridge(table.features[:, chosen], labels, weights)
     score = LogisticScore(
         kind="logistic",
@@ -790,15 +803,12 @@ def _choose_score(
         adds = None
         if i in chosen and len(chosen) > 1:
             rest = [j for j in chosen if j != i]
-            adds = log_loss(table.probabilities(rest), labels, weights) - tried[chosen]
+            adds = loss(tuple(rest)) - tried[chosen]
         reason = ""
         if i not in chosen:
             reason = "the others say it better" if says[i] else "it says nothing on these labels"
         uses.append(SignalUse(name, alone[i], i in chosen, reason, adds))
-    losses_of = {
-        table.names[combined[0]] if len(combined) == 1 else "together": loss
-        for combined, loss in tried.items()
-    }
+    losses_of = {" + ".join(table.names[i] for i in some): value for some, value in tried.items()}
     return score, losses_of, tuple(uses)
 
 

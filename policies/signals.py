@@ -32,7 +32,7 @@ Extraction".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice, pairwise
@@ -171,8 +171,11 @@ def log_odds(probability: float) -> float:
     >>> log_odds(0.5)
     0.0
     """
-    clipped = min(max(probability, CLIP), 1.0 - CLIP)
-    return log(clipped / (1.0 - clipped))
+    if probability < CLIP:
+        probability = CLIP
+    elif probability > 1.0 - CLIP:
+        probability = 1.0 - CLIP
+    return log(probability / (1.0 - probability))
 
 
 def feature(name: str, value: float) -> float:
@@ -182,14 +185,31 @@ def feature(name: str, value: float) -> float:
     a margin, already a log-odds between two tokens, is capped where those end; entropy becomes its
     negative logarithm and length its logarithm.
     """
+    return scale_of(name)(value)
+
+
+def scale_of(name: str) -> Callable[[float], float]:
+    """How a signal of this name is scaled: what `feature` does with its value."""
     if name in _LOGPROBS:
-        return log_odds(exp(value))
+        return _exp_log_odds
     if name.startswith(JUDGE):
-        return log_odds(value)
-    if name == "n_tokens":
-        return log(max(value, 1.0))
-    if name == "mean_entropy":
-        return -log(value + CLIP)
+        return log_odds
+    return {"n_tokens": _log_length, "mean_entropy": _neg_log}.get(name, _capped)
+
+
+def _exp_log_odds(value: float) -> float:
+    return log_odds(exp(value))
+
+
+def _log_length(value: float) -> float:
+    return log(max(value, 1.0))
+
+
+def _neg_log(value: float) -> float:
+    return -log(value + CLIP)
+
+
+def _capped(value: float) -> float:
     return min(value, -log(CLIP))
 
 

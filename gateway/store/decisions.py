@@ -7,7 +7,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, Select, Table, insert, or_, select, update
+from sqlalchemy import Connection, Dialect, Select, Table, exists, insert, or_, select, update
 
 from gateway.errors import Conflict, NotFound
 from gateway.records import ApiKey, DecisionRecord, Observed
@@ -23,7 +23,15 @@ from gateway.store.rows import (
     text,
     unpack_json,
 )
-from gateway.store.schema import api_keys, audit_entries, decisions, outbox, reviews, tasks
+from gateway.store.schema import (
+    api_keys,
+    audit_entries,
+    decisions,
+    labels,
+    outbox,
+    reviews,
+    tasks,
+)
 
 _KEPT = select(*(column for column in decisions.c if not column.name.startswith("redacted_")))
 
@@ -74,6 +82,21 @@ def by_fingerprint(
         decisions.c.fingerprint == fingerprint, decisions.c.created_at >= micros(since)
     )
     return _first(connection, found.order_by(decisions.c.created_at.desc()).limit(1))
+
+
+def unlabelled(
+    connection: Connection, since: datetime, after: str, limit: int
+) -> list[DecisionRecord]:
+    """Decisions on whole answers that nobody has labelled, by id."""
+    said = exists().where(labels.c.decision_id == decisions.c.id)
+    query = _KEPT.where(
+        decisions.c.created_at >= micros(since),
+        decisions.c.id > after,
+        decisions.c.status.between(200, 299),
+        ~said,
+    )
+    rows = connection.execute(query.order_by(decisions.c.id).limit(limit)).mappings()
+    return [decision_record(row) for row in rows]
 
 
 def _first(connection: Connection, query: Select[Any]) -> DecisionRecord | None:

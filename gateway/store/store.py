@@ -201,6 +201,20 @@ class SqlStore:
         """The task of a decision, if it has one."""
         return await self._engine.read(partial(tasks.of_decision, decision_id=decision_id))
 
+    async def tasks_of(self, decision_ids: Sequence[str]) -> Mapping[str, TaskRecord]:
+        """The tasks of those of these decisions that have one, by decision id."""
+        found: dict[str, TaskRecord] = {}
+        for start in range(0, len(decision_ids), _IDS):
+            some = decision_ids[start : start + _IDS]
+            found |= await self._engine.read(partial(tasks.of_decisions, decision_ids=some))
+        return found
+
+    async def unlabelled(self, since: datetime, after: str, limit: int) -> Sequence[DecisionRecord]:
+        """Answered decisions taken since then that nobody has labelled, by id, those after the given one."""
+        return await self._engine.read(
+            partial(decisions.unlabelled, since=since, after=after, limit=limit)
+        )
+
     async def queue(self, now: datetime, limit: int) -> Sequence[TaskRecord]:
         """Unresolved tasks, highest risk first, then by deadline, then oldest; lapsed claims show as open."""
         return await self._engine.read(partial(tasks.queue, now=now, limit=limit))

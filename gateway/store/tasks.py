@@ -46,6 +46,12 @@ def of_decision(connection: Connection, decision_id: str) -> TaskRecord | None:
     return _first(connection, _TASKS.where(tasks.c.decision_id == decision_id))
 
 
+def of_decisions(connection: Connection, decision_ids: Sequence[str]) -> dict[str, TaskRecord]:
+    """The tasks of these decisions, by decision."""
+    rows = connection.execute(_TASKS.where(tasks.c.decision_id.in_(decision_ids))).mappings()
+    return {row["decision_id"]: task_record(row) for row in rows}
+
+
 def _first(connection: Connection, query: Select[Any]) -> TaskRecord | None:
     row = connection.execute(query).mappings().first()
     return None if row is None else task_record(row)

@@ -71,8 +71,8 @@ def test_the_order_of_the_labels_does_not_matter(mode: str) -> None:
 def test_two_signals_order_better_than_one() -> None:
     _, diagnostics = fitted(answers(3000), mode="estimated")
     assert diagnostics.quality.auroc > diagnostics.quality.best_single_auroc
-    assert diagnostics.scorers["together"] < min(
-        loss for name, loss in diagnostics.scorers.items() if name != "together"
+    assert diagnostics.scorers["mean_logprob + judge.opinion"] < min(
+        loss for name, loss in diagnostics.scorers.items() if "+" not in name
     )
     assert all(use.used and use.adds is not None and use.adds > 0 for use in diagnostics.signals)
 
