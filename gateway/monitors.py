@@ -68,7 +68,6 @@ class Memory:
     """
 
     read_to: datetime
-    read_id: str = ""
     label_seq: int = 0
     fitted: str = ""
     signals: tuple[str, ...] | None = None
@@ -89,7 +88,7 @@ class Memory:
 
     def see(self, row: Observed, calibrator: Calibrator | None) -> Iterator[Finding]:
         """Take in a decision, and give the drift that shows."""
-        self.read_to, self.read_id = row.at, row.id
+        self.read_to = row.at
         if self.signals is None and row.values:
             needed = calibrator.score.signals if calibrator else sorted(row.values)
             extra = [name for name in needed if name not in ("confidence", "score")]
@@ -149,7 +148,7 @@ class Memory:
         """What `dumped` wrote."""
         values: dict[str, Any] = orjson.loads(data)
         memory = cls(datetime.fromisoformat(values["read_to"]))
-        for name in ("read_id", "label_seq", "fitted", "judged_count"):
+        for name in ("label_seq", "fitted", "judged_count"):
             setattr(memory, name, values[name])
         memory.signals = None if values["signals"] is None else tuple(values["signals"])
         for name, each in values["series"].items():
@@ -279,13 +278,11 @@ class Monitors:
         self, policy: Policy, calibrator: Calibrator | None, watch: _Watch
     ) -> list[Finding]:
         memory, until = watch.memory, self._clock.now() - _LAG
-        after = (memory.read_to, memory.read_id)
-        if until - memory.read_to > _BEHIND:
-            after = (until - _BEHIND, "")
+        after = max(memory.read_to, until - _BEHIND)
         rows = await self._store.observed(policy.label, after, until, _AT_ONCE)
         found = {each.kind: each for row in rows for each in memory.see(row, calibrator)}
         if len(rows) < _AT_ONCE:
-            memory.read_to, memory.read_id = max(until, memory.read_to), ""
+            memory.read_to = max(until, memory.read_to)
         watch.dirty = watch.dirty or bool(rows)
         return list(found.values())
 

@@ -145,9 +145,9 @@ class Store(Protocol):
         """How many answered decisions of each policy came to each action since then, from an index alone."""
 
     async def observed(
-        self, label: str, after: tuple[datetime, str], until: datetime, limit: int
+        self, label: str, after: datetime, until: datetime, limit: int
     ) -> Sequence[Observed]:
-        """The numbers of a policy's answered decisions after a time and id and before another time, oldest first.
+        """The numbers of a policy's answered decisions after a time and before another, oldest first.
 
         `label` is the policy's, with its digest.
         """

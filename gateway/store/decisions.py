@@ -7,7 +7,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, Select, Table, exists, insert, or_, select, update
+from sqlalchemy import Connection, Dialect, Select, Table, exists, insert, select, update
 
 from gateway.errors import Conflict, NotFound
 from gateway.records import ApiKey, DecisionRecord, Observed
@@ -111,18 +111,17 @@ def with_ids(connection: Connection, decision_ids: Sequence[str]) -> dict[str, D
 
 
 def observed(
-    connection: Connection, label: str, after: tuple[datetime, str], until: datetime, limit: int
+    connection: Connection, label: str, after: datetime, until: datetime, limit: int
 ) -> list[Observed]:
-    """The numbers of a policy's answered decisions after a time and id and before another time, oldest first."""
-    at_us, columns = micros(after[0]), decisions.c
+    """The numbers of a policy's answered decisions after a time and before another, oldest first."""
+    columns = decisions.c
     query = select(columns.id, columns.created_at, columns.detail).where(
         columns.policy == label,
-        columns.created_at >= at_us,
+        columns.created_at > micros(after),
         columns.created_at < micros(until),
-        or_(columns.created_at > at_us, columns.id > after[1]),
         columns.status.between(200, 299),
     )
-    rows = connection.execute(query.order_by(columns.created_at, columns.id).limit(limit))
+    rows = connection.execute(query.order_by(columns.created_at).limit(limit))
     return [
         Observed(row.id, moment(row.created_at), _numbers(unpack_json(row.detail))) for row in rows
     ]

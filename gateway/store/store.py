@@ -276,9 +276,9 @@ class SqlStore:
         return await self._engine.read(partial(economics.tallies, at=since))
 
     async def observed(
-        self, label: str, after: tuple[datetime, str], until: datetime, limit: int
+        self, label: str, after: datetime, until: datetime, limit: int
     ) -> Sequence[Observed]:
-        """The numbers of a policy's answered decisions after a time and id and before another time, oldest first."""
+        """The numbers of a policy's answered decisions after a time and before another, oldest first."""
         operation = partial(decisions.observed, label=label, after=after, until=until, limit=limit)
         return await self._engine.read(operation)
 

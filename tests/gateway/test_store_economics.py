@@ -110,6 +110,7 @@ async def test_the_economics_read_no_decision_and_no_task(store: SqlStore, engin
     await populate(store)
     await engine.write(lambda connection: connection.execute(text("ANALYZE")))
     plan = await plans(engine, partial(economics.since, at=later(2990)))
+    plan += "\n" + await plans(engine, partial(economics.tallies, at=later(2990)))
     if type(engine).__name__ == "SqliteEngine":
         lines = [line for line in plan.splitlines() if "decisions" in line or "tasks" in line]
         assert lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ from gateway.records import (
     LabelledDecision,
     LabelSource,
     NewLabel,
+    Observed,
     Standing,
+    Tally,
     TaskKind,
     Verdict,
 )
-from gateway.store import SqlStore, open_store
+from gateway.store import SqlStore, decisions, open_store
 from gateway.store.engines import Engine
 from gateway.store.schema import audit_entries, labels, outbox
 from policies import Action, RiskTier
 from tests.gateway.stores import NOW, a_decision, a_resolution, a_task, engine_of, later, put, rows
+from tests.gateway.test_store_schema import plans, populate
 
 
 def a_label(decision_id: str, **changes: Any) -> NewLabel:
@@ -230,3 +234,51 @@ def test_a_label_cannot_name_a_decision_that_is_not_there(empty_database: Path) 
         references = database.execute("PRAGMA foreign_key_list(labels)").fetchall()
     database.close()
     assert {row[2] for row in references} == {"decisions", "tasks"}
+
+
+async def test_decisions_are_tallied_by_policy_and_what_was_intended(store: SqlStore) -> None:
+    given = [("a@1", Action.RETURN), ("a@2", Action.RETURN), ("a@2", Action.HOLD), ("b@1", None)]
+    for policy, intended in given:
+        await store.record(a_decision(policy=policy, intended=intended))
+    await store.record(a_decision(policy="a@1", intended=Action.FLAG, created_at=later(-1)))
+    assert await store.tallies(NOW) == [
+        Tally("a", Action.HOLD, 1),
+        Tally("a", Action.RETURN, 2),
+    ]
+
+
+async def test_judged_decisions_are_counted_once(store: SqlStore) -> None:
+    first, second = await an_answer(store), await an_answer(store)
+    await store.label([a_label(first), a_label(second), a_label(first, labeller="bob")])
+    await store.label([a_label(first, acceptable=False)])
+    assert await store.label_counts() == {"refunds": (2, 1)}
+
+
+async def test_monitors_are_given_every_decision_once_in_order(store: SqlStore) -> None:
+    detail: dict[str, Any] = {
+        "decision": {"confidence": 0.9, "score": None},
+        "evidence": {"signals": {"mean_logprob": -0.1, "n_tokens": 3}},
+    }
+    made = [a_decision(created_at=later(n / 3), detail=detail) for n in range(10)]
+    for each in made:
+        await store.record(each)
+    await store.record(a_decision(created_at=later(2), status=500))
+    await store.record(a_decision(created_at=later(2), policy="other@1"))
+    found: list[Observed] = []
+    after = later(-1)
+    while page := await store.observed("refunds@1", after, later(3), 4):
+        found += page
+        after = page[-1].at
+    assert [each.id for each in found] == [each.id for each in made[:9]]
+    assert found[0].values == {"confidence": 0.9, "mean_logprob": -0.1, "n_tokens": 3.0}
+
+
+async def test_monitors_read_no_more_than_what_is_new(store: SqlStore, engine: Engine) -> None:
+    await populate(store)
+    await engine.write(lambda connection: connection.execute(text("ANALYZE")))
+    operation = partial(
+        decisions.observed, label="refunds@1", after=later(2900), until=later(3000), limit=500
+    )
+    plan = await plans(engine, operation)
+    assert "ix_decisions_economics" in plan
+    assert "Seq Scan" not in plan

@@ -21,7 +21,7 @@ from sqlalchemy import Connection, event, text
 
 from gateway.errors import SettingsError, StoreError
 from gateway.records import Resolution, Verdict
-from gateway.store import SqlStore, decisions, open_store, tasks
+from gateway.store import SqlStore, decisions, labels, open_store, tasks
 from gateway.store import rows as stored
 from gateway.store.engines import Engine
 from gateway.store.schema import REVISION, metadata
@@ -128,6 +128,10 @@ QUERIES: dict[str, tuple[Callable[[Connection], object], str]] = {
     "queue": (partial(tasks.queue, now=NOW, limit=20), "ix_tasks_queue"),
     "expire_due": (partial(tasks.due, now=later(700), limit=20), "ix_tasks_due_at"),
     "erase_due": (partial(decisions.to_erase, now=later(2001), limit=20), "ix_decisions_erase_at"),
+    "labels_after": (
+        partial(labels.after, policy="refunds", seq=500, limit=20),
+        "labels",
+    ),
     "settled": (partial(tasks.settled, task_ids=["hgt_1", "hgt_2"]), "tasks"),
 }
 
