@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="", help="sets whose name contains this")
     options = parser.parse_args()
-    measured = [measure(name, rows) for name, rows in sets(options.folder) if options.only in name]
+    named = [each for each in sets(options.folder) if options.only in each[0]]
+    measured = [measure(*each) for each in track(named, console=Console(stderr=True))]
     print(signals_table(measured))
     for alpha in ALPHAS:
         print()

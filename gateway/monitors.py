@@ -112,7 +112,12 @@ class Memory:
         if label.source is not LabelSource.AUDIT or label.task_id is None:
             return
         if label.intended is Action.RETURN:
-            self.switching = self.switching.after(label.acceptable, target)
+            before, self.switching = self.switching, self.switching.after(label.acceptable, target)
+            if before.level != self.switching.level == AuditLevel.STOP:
+                message = "audits have failed five times while tightened: every response waits for a person"
+                yield Finding(
+                    "audits", message, {"target": target, "lots_failed": before.failed + 1}
+                )
             if self.cusum.target != target:
                 self.cusum = ErrorCusum(target)
             share = (label.inclusion_floor or 1.0) / (label.inclusion or 1.0)

@@ -58,8 +58,12 @@ def audit_rate(policy: Policy, level: AuditLevel, cell: Cell | None = None) -> f
 
 def audit_floor(policy: Policy, level: AuditLevel) -> float:
     """The least probability above 0 with which a response that is returned is audited; 0 if none is."""
-    rates = [audit_rate(policy, level, cell) for cell in policy.matrix.returning]
-    return min((rate for rate in (*rates, audit_rate(policy, level)) if rate > 0), default=0.0)
+    least = audit_rate(policy, level)
+    for cell in policy.matrix.returning:
+        rate = audit_rate(policy, level, cell)
+        if rate > 0 and (rate < least or not least):
+            least = rate
+    return least
 
 
 def _base_rate(audit: Audit, mode: Mode, level: AuditLevel) -> float:

@@ -301,7 +301,9 @@ class _Curve:
         mass = np.ones(len(odds)) if weights is None else weights / weights.mean()
         centre, spread = float(np.average(odds, weights=mass)), float(odds.std()) + 1e-9
         z = (odds - centre) / spread
-        bends = np.unique(np.quantile(z, np.arange(1, _BENDS + 1) / (_BENDS + 1)))
+        # Where many share the highest score, nothing bends within.
+        below = z[z < z.max() - 1e-9] if z.std() > 1e-9 else z
+        bends = np.unique(np.quantile(below, np.arange(1, _BENDS + 1) / (_BENDS + 1)))
         curve = cls(centre, spread, bends[bends < z.max() - 1e-9], np.zeros(0), np.zeros((0, 0)))
         basis = curve._basis(scores)
         error = (~labels).astype(float)

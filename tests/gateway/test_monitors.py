@@ -240,6 +240,7 @@ async def test_when_too_many_audits_fail_everything_waits_for_a_person(
 ) -> None:
     await world.audit([True, False] * 125)
     assert world.audits.level("test") is AuditLevel.STOP
+    assert "audits" in await world.kinds()
     rig = Rig(sqlite_store, says("fine"))
     await rig.audits.refresh()
     policy = a_policy(audit=ADAPTIVE)
