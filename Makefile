@@ -8,13 +8,15 @@ PIP := -m pip --disable-pip-version-check install -qq --no-compile
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate --no-emit-index-url
 
-# What `make test` installed is more than the demo needs.
-DEMO := $(if $(wildcard .venv/dev.stamp),.venv/dev.stamp,.venv/demo.stamp)
+# What `make test` installed is more than the demos need.
+DEMO := $(or $(wildcard .venv/dev.stamp),$(wildcard .venv/learn.stamp),.venv/demo.stamp)
+LEARN := $(or $(wildcard .venv/dev.stamp),.venv/learn.stamp)
 
-.PHONY: help install demo check test services lock clean
+.PHONY: help install demo demo-learn check test services lock clean
 
 help:
 	@echo "make demo      show every action on a scripted model: no key, no network"
+	@echo "make demo-learn  learn from reviews on a real, small model: a threshold that is promised, and what became of it"
 	@echo "make install   everything to work on Holdgate, in .venv"
 	@echo "make check     format, lint, types, architecture"
 	@echo "make test      the whole test suite; installs PostgreSQL, Redis and Node.js if they are missing"
@@ -23,6 +25,9 @@ help:
 
 demo: $(DEMO)
 	@$(BIN)/holdgate demo
+
+demo-learn: $(LEARN)
+	@$(BIN)/holdgate demo-learn
 
 install: .venv/dev.stamp
 
@@ -39,15 +44,22 @@ lock: .venv/dev.stamp
 	$(BIN)/python $(PIP) uv
 	$(COMPILE) pyproject.toml --extra dev -o requirements/dev.lock
 	$(COMPILE) pyproject.toml --extra demo -c requirements/dev.lock -o requirements/demo.lock
+	$(COMPILE) pyproject.toml --extra demo --extra analysis -c requirements/dev.lock -o requirements/learn.lock
 	echo "openai==3.*" | $(COMPILE) - -o requirements/openai3.lock
 
 clean:
-	rm -rf .venv .venv-openai3 $(NODE)/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-openai3 .demo $(NODE)/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/demo.stamp: requirements/demo.lock pyproject.toml | .venv/bin/python
 	@echo "Installing what the demo needs into .venv; this takes less than a minute."
 	@$(BIN)/python $(PIP) --require-hashes -r requirements/demo.lock
+	@$(BIN)/python $(PIP) --no-deps -e .
+	@touch $@
+
+.venv/learn.stamp: requirements/learn.lock pyproject.toml | .venv/bin/python
+	@echo "Installing what the demo and fitting need into .venv; this takes about a minute."
+	@$(BIN)/python $(PIP) --require-hashes -r requirements/learn.lock
 	@$(BIN)/python $(PIP) --no-deps -e .
 	@touch $@
 

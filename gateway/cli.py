@@ -108,6 +108,19 @@ def demo(
 
 
 @app.command()
+def demo_learn(
+    results: Annotated[
+        Path, typer.Option("--out", "-o", help="the folder for artefact and report")
+    ] = Path(".demo"),
+    seed: Annotated[int, typer.Option(help="in which order the orders come")] = 1,
+) -> None:
+    """Learn from reviews on a real, small model: observe, calibrate, enforce, and see the promise kept and the drift found."""
+    from gateway.demo.learn import learn  # noqa: PLC0415 - needs the extra `analysis`
+
+    raise typer.Exit(learn(results, seed))
+
+
+@app.command()
 def demo_upstream(
     port: Annotated[int, typer.Option(help="0 takes any free one")] = 9100,
     host: Annotated[str, typer.Option()] = "127.0.0.1",

@@ -5,26 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import httpx
 import openai
 from rich.console import Console
 from rich.table import Table
 
+from gateway.demo.processes import is_taken, server
 from gateway.demo.scenarios import MODEL, SCENARIOS, Scenario
 from gateway.settings import PACKAGED_CONFIG
 
-_START_S = 60.0
 #: How wide the table is where nobody says: in a file or a pipe.
 _WIDTH_CHARS = 132
 _SHOWN = (
@@ -68,14 +62,14 @@ def show(port: int, *, once: bool) -> int:
     out = Console()
     if not out.is_terminal and "COLUMNS" not in os.environ:
         out.width = _WIDTH_CHARS
-    if _is_taken(port):
+    if is_taken(port):
         out.print(f"Port {port} is in use; choose another: [b]holdgate demo --port 8081[/b]")
         return 1
     with tempfile.TemporaryDirectory(prefix="holdgate-demo-") as name:
         folder = Path(name)
         with (
-            _server(folder, "demo-upstream", "--port", "0") as upstream,
-            _server(folder, "serve", "--config", str(_write_config(folder, upstream, port))) as url,
+            server(folder, "demo-upstream", "--port", "0") as upstream,
+            server(folder, "serve", "--config", str(_write_config(folder, upstream, port))) as url,
         ):
             out.print(
                 f"A scripted model answers on {upstream}; Holdgate stands before it on {url}.\n"
@@ -87,11 +81,6 @@ def show(port: int, *, once: bool) -> int:
             if not once:
                 _until_stopped()
     return 0
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _write_config(folder: Path, upstream: str, port: int) -> Path:
@@ -112,43 +101,6 @@ def _write_config(folder: Path, upstream: str, port: int) -> Path:
         "utf-8",
     )
     return config
-
-
-@contextmanager
-def _server(folder: Path, *arguments: str) -> Iterator[str]:
-    """A server process of ours and its address, once it is ready; stopped in the end."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("HOLDGATE_")
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gateway.cli", *arguments],
-        stdout=subprocess.PIPE,
-        cwd=folder,
-        env=environment,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    watchdog = threading.Timer(_START_S, process.kill)
-    watchdog.start()
-    try:
-        ready = process.stdout.readline()
-        watchdog.cancel()
-        if " ready on " not in ready:
-            raise RuntimeError(f"`holdgate {arguments[0]}` did not start")
-        threading.Thread(target=_drain, args=(process.stdout,), daemon=True).start()
-        yield ready.split()[-1]
-    finally:
-        watchdog.cancel()
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=15)
-        process.kill()
-
-
-def _drain(stream: IO[str]) -> None:
-    for _ in stream:
-        pass
 
 
 def _ask(url: str, scenario: Scenario) -> Result:

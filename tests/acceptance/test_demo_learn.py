@@ -1,0 +1,43 @@
+"""The whole loop on a real model, as `make demo-learn` runs it: promise, traffic, drift."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from policies import load_calibrator
+
+
+@pytest.mark.timeout(400)
+def test_a_promise_from_reviews_is_kept_on_fresh_orders_and_drift_is_found(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "gateway.cli",
+        "demo-learn",
+        "--seed",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (promised,) = load_calibrator((tmp_path / "orders-1.json").read_text(), file="a").certificates
+    assert promised.mode == "certified"
+    assert promised.alpha == 0.05
+    row = re.search(
+        r"errors among returned │ at most 5\.0%.*?│ \S+ \((\d+) of (\d+)\)", done.stdout
+    )
+    assert row, done.stdout
+    errors, returned = map(int, row.groups())
+    assert errors / returned <= 0.05
+    assert returned > 2_000 * 0.6
+    alarmed = re.search(r"until the alarm │ (\d+) .*\n│ after it +│ (\d+) +│ 0 ", done.stdout)
+    assert alarmed, done.stdout
+    assert int(alarmed[1]) <= 600
+    assert "Alarm drift." in done.stdout
+    assert "Worst mistakes" in (tmp_path / "orders-1.html").read_text()
