@@ -391,7 +391,8 @@ def test_any_json_is_a_body_or_unreadable(endpoint: str, value: Any) -> None:
     except wire.Unreadable:
         return
     paths = [path for path, _ in said(reading)[0][0]] if reading.choices else []
-    assert orjson.loads(edits.with_texts(body, dict.fromkeys(paths, "new"), reading))
+    # Text for a string, and JSON for what was JSON and read as text.
+    assert orjson.loads(edits.with_texts(body, dict.fromkeys(paths, '"new"'), reading))
 
 
 @everywhere
