@@ -11,7 +11,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -53,6 +53,9 @@ from gateway.webhooks import Webhooks
 from policies import PolicySet
 
 _log = structlog.get_logger()
+
+#: How long work in the background rests after it broke.
+_PAUSE_S = 1.0
 
 
 class SystemClock:
@@ -159,9 +162,9 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
         )
         monitors = Monitors(store, policies, clock, metrics, new_id=new_id)
         stack.push_async_callback(monitors.close)
-        _in_background(stack, policies.watch())
+        _in_background(stack, policies.watch)
         for each in (room, spending, webhooks, audits, monitors):
-            _in_background(stack, each.run())
+            _in_background(stack, each.run)
         stack.callback(room.close)
         _on_stop_signal(room.close)
         _warn_of(policies.current)
@@ -187,9 +190,19 @@ def _jury(
     return Jury(interviewer, verdicts, spending, clock, metrics, timeout_s=given.timeout_s)
 
 
-def _in_background(stack: contextlib.AsyncExitStack, work: Coroutine[None, None, None]) -> None:
+def _in_background(stack: contextlib.AsyncExitStack, work: Callable[[], Awaitable[None]]) -> None:
     """Run something until the stack is left."""
-    stack.push_async_callback(_stop, asyncio.create_task(work))
+    stack.push_async_callback(_stop, asyncio.create_task(kept_running(work)))
+
+
+async def kept_running(work: Callable[[], Awaitable[None]], pause_s: float = _PAUSE_S) -> None:
+    """Run something that does not end by itself; if it breaks, say so and run it again after a pause."""
+    while True:
+        try:
+            await work()
+        except Exception:  # noqa: BLE001 - whatever broke, it is said, and the work goes on
+            _log.exception("background_work_broke", work=getattr(work, "__qualname__", repr(work)))
+        await asyncio.sleep(pause_s)
 
 
 def _tidy_memory() -> None:

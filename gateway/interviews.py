@@ -255,7 +255,7 @@ class Interviewer:
                 else:
                     line.breaker.failed()
                 raise CallFailed(error.cause, str(error), call.model) from error
-            except CallFailed:
+            except Exception:
                 line.breaker.withdrawn()
                 raise
             except asyncio.CancelledError:

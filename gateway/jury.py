@@ -124,11 +124,17 @@ class Jury:
                 result = await self._verdicts.verdict(key, ask, deadline_s=terms.deadline_s)
         except TimeoutError:
             message = "the same question was under way for too long"
-            result = CheckResult(judge.id, Outcome.ERROR, error=message, cause=Cause.TIMEOUT)
-            self._metrics.count_judge_failure(judge, result)
+            result = self._unable(judge, Cause.TIMEOUT, message)
+        except Exception as error:  # noqa: BLE001 - a judge that breaks is evidence like any other
+            result = self._unable(judge, Cause.RAISED, f"{type(error).__name__} in the judge")
         source = "cached" if result.cached else "asked"
         self._metrics.verdicts.labels(judge.id, result.outcome.value, source).inc()
         return replace(result, check=judge.id)
+
+    def _unable(self, judge: Judge, cause: Cause, message: str) -> CheckResult:
+        result = CheckResult(judge.id, Outcome.ERROR, error=message, cause=cause)
+        self._metrics.count_judge_failure(judge, result)
+        return result
 
     def _stopped(self, judge: Judge, purse: Purse) -> CheckResult:
         result = CheckResult(

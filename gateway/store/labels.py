@@ -74,8 +74,9 @@ def insert(connection: Connection, given: Sequence[NewLabel]) -> None:
     if unknown:
         listed: list[JSON] = list(dict.fromkeys(unknown))
         raise NotFound(f"there is no decision {unknown[0]}", extra={"decisions": listed})
-    for each in given:
-        connection.execute(sql_insert(labels).values(_row(each, facts[each.decision_id])))
+    if given:
+        rows = [_row(each, facts[each.decision_id]) for each in given]
+        connection.execute(sql_insert(labels), rows)
 
 
 def _row(label: NewLabel, decision: RowMapping) -> dict[str, Any]:

@@ -187,6 +187,18 @@ class TestLimits:
         assert (await court.hear(TOY)).outcome is Outcome.PASS
         assert court.interviewer.down == []
 
+    async def test_a_question_that_cannot_even_be_written_leaves_the_way_free_for_the_next(
+        self,
+    ) -> None:
+        down: list[Says | GatewayError] = [UpstreamError("gone")] * FAILURES
+        court = Court(Models(m_1=[*down, YES]))
+        for _ in range(FAILURES):
+            await court.hear(TOY)
+        court.clock.advance(PAUSE_S)
+        unwritable = Toy(id="toy", parameters={"seed": 2**70})
+        assert (await court.hear(unwritable)).cause is Cause.RAISED
+        assert (await court.hear(TOY)).outcome is Outcome.PASS
+
     @pytest.mark.parametrize(
         ("answer", "is_fair", "down"),
         [

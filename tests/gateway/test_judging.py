@@ -87,6 +87,17 @@ async def test_the_judges_of_a_stage_are_asked_together_and_told_apart(
     assert bench.bill.effort(1.0).judge_usd == 9.0
 
 
+async def test_a_judge_whose_question_cannot_be_written_is_an_error_and_the_others_are_heard(
+    sqlite_store: SqlStore,
+) -> None:
+    bench = Bench(sqlite_store, Models(m_1=[YES], m_2=[YES]))
+    unwritable = Toy(id="toy_2", asks=("m-2",), parameters={"seed": 2**70})
+    results = await bench.hear(stage(*toys("m-1"), unwritable, name="judge"))
+    assert results["toy_0"].outcome is Outcome.PASS
+    assert (results["toy_2"].outcome, results["toy_2"].cause) == (Outcome.ERROR, Cause.RAISED)
+    assert b'cause="raised",judge="toy_2",model="m-2"} 1.0' in bench.court.metrics.render()
+
+
 async def test_the_others_are_stopped_as_soon_as_the_matter_is_settled(
     sqlite_store: SqlStore,
 ) -> None:
