@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+import zstandard
 from aiohttp import web
 
 from gateway.errors import InvalidRequest, UpstreamError, UpstreamTimeout
@@ -239,8 +241,24 @@ async def test_compressed_body_passes_untouched() -> None:
     assert provider.sent("accept-encoding") == ["gzip, br"]
 
 
-async def test_readable_body_is_asked_for_plain_and_unpacked_if_it_is_not() -> None:
-    provider = Recorder(body=gzip.compress(b"hello"), headers={"content-encoding": "gzip"})
+def raw_deflate(data: bytes) -> bytes:
+    packing = zlib.compressobj(wbits=-15)
+    return packing.compress(data) + packing.flush()
+
+
+PACKED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "gzip": ("gzip", gzip.compress),
+    "gzip of two members": ("GZIP", lambda d: gzip.compress(d[:2]) + gzip.compress(d[2:])),
+    "deflate": ("deflate", zlib.compress),
+    "deflate without header": ("deflate", raw_deflate),
+    "zstd": ("zstd", zstandard.compress),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+async def test_readable_body_is_asked_for_plain_and_unpacked_if_it_is_not(name: str) -> None:
+    encoding, pack = PACKED[name]
+    provider = Recorder(body=pack(b"hello"), headers={"content-encoding": encoding})
     async with upstream_of(provider) as upstream:
         call = post(headers=[("accept-encoding", "gzip, br")], readable=True)
         async with await upstream.send(call) as response:
@@ -250,17 +268,33 @@ async def test_readable_body_is_asked_for_plain_and_unpacked_if_it_is_not() -> N
     assert provider.sent("accept-encoding") == ["identity"]
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "br", "zstd"])
-async def test_readable_body_that_cannot_be_unpacked_is_an_upstream_error(encoding: str) -> None:
-    provider = Recorder(body=b"not packed at all", headers={"content-encoding": encoding})
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("gzip", b"not packed at all"),
+        ("deflate", b"not packed at all"),
+        ("br", b"not packed at all"),
+        ("zstd", b"not packed at all"),
+        ("gzip, gzip", gzip.compress(gzip.compress(b"hello"))),
+        ("gzip", gzip.compress(b"hello")[:-4]),
+        ("deflate", zlib.compress(b"hello")[:-4]),
+        ("zstd", zstandard.compress(b"hello")[:-4]),
+    ],
+)
+async def test_readable_body_that_cannot_be_unpacked_is_an_upstream_error(
+    encoding: str, body: bytes
+) -> None:
+    provider = Recorder(body=body, headers={"content-encoding": encoding})
     async with upstream_of(provider) as upstream:
         with pytest.raises(UpstreamError, match="asked not to pack it"):
             await (await upstream.send(post(readable=True))).read(1000)
 
 
-async def test_limit_holds_for_the_unpacked_size() -> None:
-    bomb = gzip.compress(bytes(50_000_000))
-    provider = Recorder(body=bomb, headers={"content-encoding": "gzip"})
+@pytest.mark.parametrize("name", ["gzip", "deflate", "zstd"])
+async def test_limit_holds_for_the_unpacked_size(name: str) -> None:
+    encoding, pack = PACKED[name]
+    bomb = pack(bytes(50_000_000))
+    provider = Recorder(body=bomb, headers={"content-encoding": encoding})
     async with (
         upstream_of(provider) as upstream,
         await upstream.send(post(readable=True)) as response,
@@ -268,6 +302,16 @@ async def test_limit_holds_for_the_unpacked_size() -> None:
         with pytest.raises(UpstreamError) as caught:
             await response.read(len(bomb) + 1)
     assert caught.value.code == "upstream_response_too_large"
+
+
+@pytest.mark.parametrize("name", ["gzip", "deflate", "zstd"])
+async def test_packed_body_is_unpacked_in_pieces_of_bounded_size(name: str) -> None:
+    encoding, pack = PACKED[name]
+    provider = Recorder(body=pack(bytes(50_000_000)), headers={"content-encoding": encoding})
+    async with upstream_of(provider) as upstream:
+        pieces = [len(p) async for p in (await upstream.send(post(readable=True))).iter_chunks()]
+    assert sum(pieces) == 50_000_000
+    assert max(pieces) <= 4_000_000
 
 
 @pytest.mark.parametrize("size", [2**20, 2**20 + 1, 6_000_000])
