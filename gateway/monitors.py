@@ -16,8 +16,8 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import orjson
-import structlog
 
+from gateway import logs
 from gateway.audits import artefact_of
 from gateway.errors import StoreError
 from gateway.ports import Clock, LivePolicies, Store
@@ -28,8 +28,6 @@ from policies import Action, AuditLevel, Calibrator, Policy
 from policies.auditing import Switching
 from policies.monitoring import DriftMonitor, ErrorCusum, miscalibration
 from validators import JSON
-
-_log = structlog.get_logger()
 
 TICK_S = 2.0
 FLUSH_S = 30.0
@@ -214,7 +212,7 @@ class Monitors:
                 await self.tick()
                 await self.measure()
             except StoreError as error:
-                _log.warning("monitors_not_fed", error=error.message)
+                logs.warning("monitors_not_fed", error=error.message)
 
     async def tick(self) -> None:
         """Take in what has been recorded since the last time. Raises `StoreError`; what was not written is read again."""
@@ -249,7 +247,7 @@ class Monitors:
                 try:
                     await self._write(policy, watch, [], lift=False)
                 except StoreError as error:
-                    _log.warning("monitors_not_written", error=error.message)
+                    logs.warning("monitors_not_written", error=error.message)
 
     async def _watch(self, policy: str, stored: Standing | None) -> _Watch | None:
         """The policy's watch, if it falls to this replica."""
@@ -342,7 +340,7 @@ class Monitors:
         watch.standing, watch.dirty, watch.written_s = new, False, self._clock.monotonic_s()
         for alarm in raised:
             self._metrics.alarms.labels(alarm.policy, alarm.kind).inc()
-            _log.warning(
+            logs.warning(
                 "alarm", id=alarm.id, policy=alarm.policy, kind=alarm.kind, message=alarm.message
             )
 

@@ -18,10 +18,10 @@ from enum import Enum, auto
 from http import HTTPStatus
 
 import orjson
-import structlog
 from standardwebhooks import Webhook
 from yarl import URL
 
+from gateway import logs
 from gateway.connections import Server
 from gateway.errors import StoreError, UpstreamError, UpstreamTimeout
 from gateway.ports import Clock, Store
@@ -30,8 +30,6 @@ from gateway.reviews import status_word
 from gateway.settings import Settings, Timeouts, WebhookEntry
 from gateway.telemetry import Metrics
 from validators import JSON
-
-_log = structlog.get_logger()
 
 #: The pauses between attempts that the specification recommends ("Deliverability and reliability"), each made up to a fifth longer.
 RETRIES_S = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -101,7 +99,7 @@ class Webhooks:
     async def announce(self) -> None:
         """Tell once of every so many new training samples."""
         if await self._store.announce_samples(self._retrain_samples, self._clock.now()):
-            _log.info("labels_ready")
+            logs.info("labels_ready")
 
     async def _serve(self, hook: WebhookEntry) -> None:
         """Deliver to one receiver: many events at once while it is well, one at a time while it is not."""
@@ -111,7 +109,7 @@ class Webhooks:
             if not taken or health is not Health.WELL:
                 await asyncio.sleep(_POLL_S)
         # Its deliveries stay in the store: after a restart the receiver is asked again.
-        _log.error("webhook_disabled", webhook=hook.name, until="the gateway is restarted")
+        logs.error("webhook_disabled", webhook=hook.name, until="the gateway is restarted")
 
     async def deliver(self, hook: WebhookEntry, health: Health) -> tuple[int, Health]:
         """Attempt what is due to a receiver; how many events that were, and how it is now."""
@@ -123,7 +121,7 @@ class Webhooks:
             found = await asyncio.gather(*(self._attempt(hook, each) for each in taken))
         except StoreError as error:
             # What was taken is due again after the lease.
-            _log.warning("webhook_store_failed", webhook=hook.name, error=error.message)
+            logs.warning("webhook_store_failed", webhook=hook.name, error=error.message)
             return 0, health
         worst = max(found, key=lambda each: each.value, default=health)
         return len(taken), worst
@@ -139,12 +137,12 @@ class Webhooks:
         about = {"webhook": hook.name, "id": delivery.id, "kind": delivery.kind, "fault": fault}
         if delivery.attempt > len(RETRIES_S):
             counted(hook.name, "given_up").inc()
-            _log.error("webhook_given_up", subject=delivery.subject, **about)
+            logs.error("webhook_given_up", subject=delivery.subject, **about)
             await self._store.finish_delivery(delivery.id)
         else:
             counted(hook.name, "failed").inc()
             pause_s = RETRIES_S[delivery.attempt - 1] * (1 + _JITTER * random.random())
-            _log.warning("webhook_failed", again_in_s=round(pause_s), **about)
+            logs.warning("webhook_failed", again_in_s=round(pause_s), **about)
             until = self._clock.now() + timedelta(seconds=pause_s)
             await self._store.put_off_delivery(delivery.id, until)
         return Health.GONE if status == HTTPStatus.GONE else Health.AILING
@@ -220,5 +218,5 @@ async def _repeat(act: Callable[[], Awaitable[None]], pause_s: float) -> None:
         try:
             await act()
         except StoreError as error:
-            _log.warning("outbox_not_read", error=error.message)
+            logs.warning("outbox_not_read", error=error.message)
         await asyncio.sleep(pause_s)
