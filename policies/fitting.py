@@ -139,8 +139,7 @@ def fit(  # noqa: PLR0913 -- one call does it all, and every argument is named
     ------
     CalibrationError
         If there are too few labels, or of one kind only, or of several models and `model` does not say
-        which; if no signal is of use, or alpha, delta or the costs are out of range; if alpha is not said of a
-        tier or task that there is, or is of one that there is not.
+        which; if no signal is of use, or alpha, delta or the costs are out of range, or said of the wrong groups.
     """
     alphas = alpha if isinstance(alpha, Mapping) else {OTHERS: alpha}
     if not all(0.0 < each < 1.0 for each in (delta, *alphas.values())):
@@ -149,8 +148,8 @@ def fit(  # noqa: PLR0913 -- one call does it all, and every argument is named
     digests = judges or {}
     table, remarks = cleaned(rows, model, digests)
     found = _scored(table, mode, remarks)
-    first = next(iter(alphas.values()))
-    asked = Certificate(mode=mode, alpha=first, delta=delta, threshold=None, n=0)
+    alpha = next(iter(alphas.values()))
+    asked = Certificate(mode=mode, alpha=alpha, delta=delta, threshold=None, n=0)
     certificates, autonomous = _certificates(found, asked, per, alphas, remarks)
     remarks += [*remarks_on(found.table), *drifted(found.table, found.score, recent)]
     offers = _offers(found, asked, alphas)
