@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import orjson
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from policies.auditing import Spread
 from policies.model import Name, Probability, RiskTier
 from policies.signals import (
     CLIP,
@@ -218,6 +219,10 @@ class Metrics(Part):
     brier: Probability
 
 
+#: Stands, where shares of errors are said by tier or task, for all that are not named.
+OTHERS = "*"
+
+
 class Certificate(Part):
     """What was found for the responses of a tier, of a task or of all: see `policies.certification`.
 
@@ -294,6 +299,13 @@ class Calibrator(Part):
                     "and a task"
                 )
         return self
+
+    @cached_property
+    def spread(self) -> Spread | None:
+        """How audits are spread over confidences that are distributed as those of its labels; None without a curve."""
+        if not self.curve:
+            return None
+        return Spread((each.confidence, each.coverage) for each in self.curve)
 
     def certified_for(self, task: str | None) -> tuple[Certificate, ...]:
         """The certificates for responses of a task: at most one for each tier."""

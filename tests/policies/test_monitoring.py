@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
-from math import sqrt
+from math import inf, sqrt
 
 import numpy as np
 import pytest
@@ -11,19 +11,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2, chi2_contingency, ks_2samp
 
-from policies.monitoring import (
+from policies.auditing import Spread
+from policies.drift import (
     HORIZON,
     REFERENCE,
-    Audited,
     DriftMonitor,
+    binned,
+    kolmogorov_smirnov,
+    rank,
+)
+from policies.monitoring import (
+    ALPHA,
+    REFERENCE_PAIRS,
+    AgreementMonitor,
+    Audited,
     ErrorCusum,
     agreement,
-    binned,
     chi_squared_quantile,
     error_escape,
-    kolmogorov_smirnov,
     miscalibration,
-    rank,
 )
 
 values = st.lists(st.integers(0, 9).map(float) | st.floats(0, 1), min_size=2, max_size=60)
@@ -69,29 +75,36 @@ class TestErrorEscape:
             misses += any(not look.low <= truth <= look.high for look in looks)
         assert misses <= 0.05 * runs
 
-    def test_held_items_and_a_tenth_of_the_rest_give_the_whole_without_bias(self) -> None:
-        draw, misses, runs, estimates, naive = np.random.default_rng(2), 0, 150, [], []
+    @pytest.mark.parametrize(("is_spread", "runs", "looks"), [(False, 40, 20), (True, 20, 10)])
+    def test_held_items_and_a_tenth_of_the_rest_give_the_whole_without_bias(
+        self, is_spread: bool, runs: int, looks: int
+    ) -> None:
+        draw, misses, estimates, naive = np.random.default_rng(2), 0, [], []
+        knots = np.linspace(0.8, 0.999, 40)
+        spread = Spread((float(each), float(1 - each**8)) for each in knots)
+        n, floor = 6000, 0.05 if is_spread else 0.1
         for _ in range(runs):
-            confidence = draw.beta(8, 1, 6000)
-            wrong = draw.random(6000) < 1 - confidence
-            held = confidence < 0.8
-            inclusion = np.where(held, 1.0, 0.1)
-            seen = draw.random(6000) < inclusion
-            truth = float(np.mean(1 - confidence))
-            for upto in (1500, 3000, 6000):
-                part = slice(0, upto)
-                rows = [
-                    Audited(0.1 / p, int(at.sum()), int((at & wrong[part]).sum()))
-                    for p in (0.1, 1.0)
-                    if (at := seen[part] & (inclusion[part] == p)).any()
-                ]
-                found = error_escape(rows)
-                if not found.low <= 1 / 9 <= found.high:
-                    misses += 1
-                    break
+            confidence = draw.beta(8, 1, n)
+            wrong = draw.random(n) < 1 - confidence
+            audited = np.full(n, 0.1)
+            if is_spread:
+                audited[:] = [spread.probability(c, 0.1, 0.8, inf) for c in confidence.tolist()]
+            inclusion = np.where(confidence < 0.8, 1.0, audited)
+            seen = draw.random(n) < inclusion
+            inside = []
+            for upto in range(n // looks, n + 1, n // looks):
+                part = np.flatnonzero(seen[:upto])
+                kinds, which = np.unique(inclusion[part], return_inverse=True)
+                counts, errors = np.bincount(which), np.bincount(which, weights=wrong[part])
+                found = error_escape(
+                    Audited(floor / p, int(count), int(bad))
+                    for p, count, bad in zip(kinds.tolist(), counts, errors, strict=True)
+                )
+                inside.append(found.low <= 1 / 9 <= found.high)
+            misses += not all(inside)
             assert found.estimate is not None
-            estimates.append(found.estimate - truth)
-            naive.append(float(wrong[seen].mean()) - truth)
+            estimates.append(found.estimate - float(np.mean(1 - confidence)))
+            naive.append(float(wrong[seen].mean()) - 1 / 9)
         standard_error = np.std(estimates) / sqrt(runs)
         assert abs(np.mean(estimates)) < 3 * standard_error + 1e-3
         assert np.mean(naive) > 0.1
@@ -109,6 +122,20 @@ class TestErrorCusum:
                     alarms += 1
                     break
         assert alarms <= 0.05 * 200
+
+    def test_it_is_as_quiet_where_what_is_doubtful_is_drawn_more_often(self) -> None:
+        draw, alarms = np.random.default_rng(7), 0
+        for _ in range(100):
+            cusum = ErrorCusum(0.02)
+            # Half of the responses have 0.5 % errors and are audited at 5 %, half have 3.5 % and are at 15 %.
+            doubtful = draw.random(2000) < 0.75
+            for doubt, chance in zip(doubtful.tolist(), draw.random(2000).tolist(), strict=True):
+                error, share = (0.035, 1 / 3) if doubt else (0.005, 1.0)
+                cusum = cusum.after(chance > error, share)
+                if cusum.is_alarm:
+                    alarms += 1
+                    break
+        assert alarms <= 0.05 * 100
 
     def test_it_notices_five_times_as_many_within_some_hundred_reviews(self) -> None:
         draw, delays = np.random.default_rng(4), []
@@ -229,3 +256,67 @@ class TestCalibration:
 def test_agreement_counts_pairs(answers: list[list[bool]]) -> None:
     pairs = [(a, b) for each in answers for a, b in combinations(each, 2)]
     assert agreement(answers) == (sum(a == b for a, b in pairs), len(pairs))
+
+
+def alarm_after(
+    differ: np.ndarray, shares: np.ndarray | None = None, most: float | None = None
+) -> int | None:
+    """After how many pairs there is an alarm, None if there is none."""
+    monitor = AgreementMonitor(ALPHA, most)
+    weights = np.ones(len(differ)) if shares is None else shares
+    for at, (one, share) in enumerate(zip(differ.tolist(), weights.tolist(), strict=True), 1):
+        if monitor.add(differ=one, share=share) is not None:
+            return at
+    return None
+
+
+class TestAgreement:
+    @pytest.mark.parametrize("truth", [0.0, 0.03, 0.3, 0.97, 1.0])
+    def test_who_differ_as_often_as_before_raise_no_alarm(self, truth: float) -> None:
+        draw, runs = np.random.default_rng(11), 60
+        alarms = [alarm_after(draw.random(2200) < truth) for _ in range(runs)]
+        assert sum(each is not None for each in alarms) <= ALPHA * runs
+
+    def test_reviewers_who_differ_as_often_as_they_may_raise_none_either(self) -> None:
+        draw, runs = np.random.default_rng(12), 60
+        alarms = [alarm_after(draw.random(2200) < 0.15, most=0.15) for _ in range(runs)]
+        assert sum(each is not None for each in alarms) <= ALPHA * runs
+
+    def test_audits_that_become_rarer_are_no_change_of_the_judge(self) -> None:
+        draw, runs, alarms, naive = np.random.default_rng(13), 40, 0, 0
+        for _ in range(runs):
+            is_hard = draw.random(30_000) < 0.2
+            wrong = draw.random(30_000) < np.where(is_hard, 0.5, 0.02)
+            floor = np.where(np.arange(30_000) < 1500, 0.3, 0.05)
+            inclusion = np.where(is_hard, 1.0, floor)
+            seen = np.flatnonzero(draw.random(30_000) < inclusion)[:2200]
+            alarms += alarm_after(wrong[seen], (floor / inclusion)[seen]) is not None
+            naive += alarm_after(wrong[seen]) is not None
+        assert alarms <= ALPHA * runs
+        assert naive > 4 * ALPHA * runs
+
+    @pytest.mark.parametrize(
+        ("before", "after", "within", "most"),
+        [(0.02, 0.2, 400, None), (0.1, 0.5, 100, None), (0.05, 0.3, 250, 0.15)],
+    )
+    def test_who_come_to_differ_are_found_out(
+        self, before: float, after: float, within: int, most: float | None
+    ) -> None:
+        draw, found = np.random.default_rng(14), []
+        for _ in range(40):
+            differ = draw.random(400 + within) < np.repeat([before, after], [400, within])
+            found.append(alarm_after(differ, most=most))
+        assert sum(each is not None and each > 400 for each in found) >= 38
+
+    def test_too_little_agreement_is_found_before_there_is_a_reference(self) -> None:
+        found = alarm_after(np.random.default_rng(15).random(REFERENCE_PAIRS) < 0.5, most=0.15)
+        assert found is not None
+
+    def test_the_evidence_says_what_is_and_what_was(self) -> None:
+        monitor = AgreementMonitor(ALPHA)
+        for at in range(REFERENCE_PAIRS + 60):
+            assert monitor.add(differ=at % 50 == 0) is None
+        found = next(found for _ in range(60) if (found := monitor.add(differ=True)))
+        assert (found.reference, found.differed) == (REFERENCE_PAIRS, 4)
+        assert 10 <= found.differ <= found.n <= 30
+        assert 0.02 < found.limit < 0.06
