@@ -193,6 +193,8 @@ def with_model(body: bytes, model: str) -> bytes:
 def _addressed(call: UpstreamCall, name: str | None, entry: ModelEntry) -> UpstreamCall:
     """Address a call to one provider, which gets the client's key only if the client chose it."""
     sent = entry.rename or name
+    if sent in (None, call.model) and name == call.model:
+        return call
     if call.model is None or not isinstance(call.body, bytes) or sent is None:
         return call
     headers = call.headers
