@@ -81,6 +81,7 @@ class Assessor:
             draw=draw,
             attempts_left=attempts_left,
             level=self._audits.level(policy.policy),
+            spread=calibrator.spread if calibrator and not suspended else None,
         )
         if decision.regenerate:
             self._jury.abandon(bill)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import orjson
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from policies.auditing import Spread
 from policies.model import Name, Probability, RiskTier
 from policies.signals import (
     CLIP,
@@ -294,6 +295,13 @@ class Calibrator(Part):
                     "and a task"
                 )
         return self
+
+    @cached_property
+    def spread(self) -> Spread | None:
+        """How audits are spread over confidences that are distributed as those of its labels; None without a curve."""
+        if not self.curve:
+            return None
+        return Spread((each.confidence, each.coverage) for each in self.curve)
 
     def certified_for(self, task: str | None) -> tuple[Certificate, ...]:
         """The certificates for responses of a task: at most one for each tier."""

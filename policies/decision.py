@@ -9,12 +9,12 @@ from typing import cast
 
 import orjson
 
-from policies.auditing import AuditLevel, audit_floor, audit_rate, stops
+from policies.auditing import AuditLevel, Spread, audit_floor, audit_rate, stops
 from policies.calibration import certificate_for
 from policies.evidence import ConfidenceSource, Estimate, Evidence, Reason
 from policies.model import Action, AnyCheck, Band, Cell, Mode, Policy, RiskTier, Stage
 from policies.risk import RiskAssessment
-from policies.thresholds import band
+from policies.thresholds import band, limits
 from validators import (
     JSON,
     MAX_FINDINGS,
@@ -82,6 +82,7 @@ def decide(
     draw: float,
     attempts_left: int,
     level: AuditLevel = AuditLevel.NORMAL,
+    spread: Spread | None = None,
 ) -> Decision:
     """The decision on a response: the most severe action that any reason demands.
 
@@ -91,8 +92,9 @@ def decide(
     In observe mode nothing is enforced: the action is return, nothing is redacted or asked for
     again, and what would have been flagged, held or blocked is only sampled, at the policy's rate.
 
-    `level` is how closely the policy is audited (`policies.auditing`). `draw` in [0, 1) is a random number: a returned response is sampled for audit if it is below the
-    rate. `attempts_left` >= 0 says how often the model may still be asked again.
+    `level` is how closely the policy is audited, `spread` the calibrator's if there is one that may be
+    believed, whether or not it applies here (`policies.auditing`). `draw` in [0, 1) is a random number: a
+    returned response is audited if it is below `inclusion`. `attempts_left` >= 0 repeats may still follow.
     """
     verdicts = tuple(_verdicts(policy, evidence))
     where, why, cell = _matrix(policy, risk.tier, estimate)
@@ -104,15 +106,16 @@ def decide(
     intended = most_severe(reason.action for reason in demands)
     observed = policy.mode is Mode.OBSERVE
     action = Action.RETURN if observed else intended
-    rate = audit_rate(policy, level, cell if intended is Action.RETURN else None)
-    inclusion = _INCLUSION.get(action, rate)
+    own = cell if intended is Action.RETURN else None
+    inclusion = _INCLUSION.get(action, audit_rate(policy, level, own))
+    if own and spread:
+        inclusion = _spread(spread, inclusion, policy, risk.tier, where, estimate)
     audit = action is Action.RETURN and draw < inclusion
     again = action is not Action.BLOCK and attempts_left > 0 and _wants_another(verdicts)
-    remarks: tuple[Reason, ...] = ()
+    remark = Reason("regenerate", f"asked for again, attempts left: {attempts_left}")
     if observed:
-        remarks = (Reason("mode", f"observe: returned, enforced it would be {intended}"),)
-    elif again:
-        remarks = (Reason("regenerate", f"asked for again, attempts left: {attempts_left}"),)
+        remark = Reason("mode", f"observe: returned, enforced it would be {intended}")
+    remarks = (remark,) if observed or again else ()
     return Decision(
         action=action,
         intended=intended,
@@ -125,7 +128,7 @@ def decide(
         calibrator=estimate.calibrator,
         audit=audit,
         inclusion=inclusion,
-        inclusion_floor=audit_floor(policy, level),
+        inclusion_floor=audit_floor(policy, level, spread=spread is not None),
         regenerate=again and not observed,
         redactions=() if observed else _redactions(verdicts),
         reasons=(*risk.reasons, *evidence.skipped, *evidence.notes, *demands, *remarks),
@@ -266,6 +269,21 @@ def _redactions(verdicts: Iterable[Verdict]) -> tuple[Finding, ...]:
         for finding in result.findings
         if finding.span is not None and finding.replacement is not None
     )
+
+
+def _spread(
+    spread: Spread,
+    rate: float,
+    policy: Policy,
+    tier: RiskTier,
+    where: Band | None,
+    estimate: Estimate,
+) -> float:
+    """The probability with which a response is audited in a cell with that rate: the rate itself without a confidence."""
+    if where is None or estimate.confidence is None:
+        return rate
+    low, high = limits(where, policy.thresholds, tier, estimate.certificates)
+    return spread.probability(estimate.confidence, rate, low, high)
 
 
 def _audited(policy: Policy, level: AuditLevel) -> Iterator[Reason]:

@@ -28,6 +28,9 @@ class Fit(Protocol):
 
 _QUANTILES = 50
 
+#: No answer costs more than if it had been given this probability: one of many must not decide a comparison.
+LEAST_GIVEN = 1e-5
+
 
 def fit_logistic(
     signals: Mapping[str, Column], labels: Labels, weights: Column | None = None
@@ -275,8 +278,6 @@ def best_fit(
 def losses(scores: Column, labels: Labels, weights: Column | None = None) -> dict[str, float]:
     """The five-fold log loss of each kind of map, the simplest first; see `cross_fitted`.
 
-    Probabilities are clipped as scores are.
-
     Raises
     ------
     CalibrationError
@@ -291,8 +292,8 @@ def losses(scores: Column, labels: Labels, weights: Column | None = None) -> dic
 
 
 def log_loss(probabilities: Floats, truth: Bools, mass: Floats) -> float:
-    """The mean negative logarithm of what the truth was given, clipped as scores are."""
-    clipped = np.clip(probabilities, CLIP, 1 - CLIP)
+    """The mean negative logarithm of what the truth was given, at most that of `LEAST_GIVEN`."""
+    clipped = np.clip(probabilities, LEAST_GIVEN, 1 - LEAST_GIVEN)
     return -float(np.average(np.log(np.where(truth, clipped, 1 - clipped)), weights=mass))
 
 

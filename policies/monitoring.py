@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 from math import erfc, exp, log, log1p, sqrt
@@ -140,7 +140,8 @@ class ErrorCusum:
 
     `evidence` is the log of the greatest wealth of all who began to bet at some review that the share of errors exceeds
     `target`, on `FACTOR` times as much. If it does not, an alarm among the next `horizon` reviews has a probability of at
-    most `alpha`: by Ville's inequality, once for each who may begin.
+    most `alpha`: by Ville's inequality, once for each who may begin. `usual` is the mean of the last shares: stakes are for
+    a review with that one.
 
     References
     ----------
@@ -153,14 +154,22 @@ class ErrorCusum:
     alpha: float = 0.05
     evidence: float = 0.0
     reviewed: int = 0
+    usual: float = 1.0
 
     def after(self, acceptable: bool, share: float = 1.0) -> ErrorCusum:
         """The state after one more review; `share` is that of `Audited`."""
         bad = min(_FACTOR * self.target, (1 + self.target) / 2)
-        stake = share * (bad - self.target) / (1 - self.target)
+        best = (bad - self.target) / (1 - self.target)
+        # Set before this review is drawn, so that the bet stays a fair one.
+        stake = share * min(best / self.usual, _MOST_STAKED)
         gain = log1p(-stake) if acceptable else log1p(stake * (1 / self.target - 1))
-        evidence = max(self.evidence, 0.0) + gain
-        return ErrorCusum(self.target, self.horizon, self.alpha, evidence, self.reviewed + 1)
+        seen = self.reviewed + 1
+        return replace(
+            self,
+            evidence=max(self.evidence, 0.0) + gain,
+            reviewed=seen,
+            usual=self.usual + (share - self.usual) / min(seen + 1, _USUAL_OF),
+        )
 
     @property
     def limit(self) -> float:
@@ -174,6 +183,8 @@ class ErrorCusum:
 
 
 _FACTOR = 3.0
+_MOST_STAKED = 0.9
+_USUAL_OF = 200
 
 
 Rank = tuple[int, int]

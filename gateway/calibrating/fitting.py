@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
-from math import log
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from gateway.app import SystemClock
@@ -38,8 +38,8 @@ from policies.diagnostics import Diagnostics
 from policies.fitting import Mode, Per, examine
 from policies.fitting import fit as fitted
 from policies.labelled import Labelled
+from policies.maps import log_loss
 from policies.model import Name
-from policies.signals import CLIP
 
 OK, MISSED = 0, 3
 
@@ -372,10 +372,8 @@ def _is_returned(calibrator: Calibrator, row: Labelled) -> bool:
 
 def _loss(calibrator: Calibrator, rows: Sequence[Labelled]) -> float:
     """Mean log loss, each label for as many responses as it speaks for."""
-    total = mass = 0.0
-    for row in rows:
-        confidence = calibrator.confidence(row.signals, row.check_scores)
-        given = min(max(confidence if row.acceptable else 1 - confidence, CLIP), 1.0)
-        total -= row.weight / row.inclusion * log(given)
-        mass += row.weight / row.inclusion
-    return total / mass
+    return log_loss(
+        np.array([calibrator.confidence(row.signals, row.check_scores) for row in rows]),
+        np.array([row.acceptable for row in rows]),
+        np.array([row.weight / row.inclusion for row in rows]),
+    )

@@ -7,19 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 
 from gateway.audits import Audits, artefact_of
 from gateway.errors import StoreError
 from gateway.monitors import FLUSH_S, Memory, Monitors, resumed
 from gateway.recording import new_id
-from gateway.records import TaskKind, Verdict
+from gateway.records import Standing, TaskKind, Verdict
 from gateway.store import SqlStore
 from gateway.store.engines import Engine
 from gateway.store.schema import outbox
 from gateway.telemetry import Metrics
 from policies import Action, AuditLevel, Calibrator, Policy, PolicySet, load_calibrator
-from tests.fakes import FakeClock
+from policies.auditing import LEAST_OF_RATE
+from policies.calibration import Knot
+from tests.fakes import FakeClock, Says
 from tests.gateway.rig import Fixed, Rig, a_call, a_policy, broken, says
 from tests.gateway.stores import a_decision, a_resolution, a_task, engine_of, rows
 
@@ -270,6 +273,52 @@ async def test_the_inclusion_recorded_is_the_one_drawn_with(sqlite_store: SqlSto
         drawn[call.id] = task
     assert any(drawn.values())
     assert not all(drawn.values())
+
+
+CURVE = tuple(
+    Knot(confidence=1 - n / 100, coverage=n / 50, risk=0.1, low=0.0, high=0.2) for n in range(1, 51)
+)
+SPREADING = CALIBRATOR.model_copy(update={"curve": CURVE})
+
+
+async def test_what_is_less_sure_is_audited_more_often_and_the_same_draw_decides(
+    sqlite_store: SqlStore,
+) -> None:
+    """Of 120 answers that are sure and 120 that are not, those are reviewed that the id, the secret and the artefact say."""
+    found: dict[float, set[tuple[float, float]]] = {}
+    for logprob in (-0.004, -0.09):
+        token = {"token": "fine", "logprob": logprob, "bytes": None, "top_logprobs": []}
+        choice = {"index": 0, "message": {"content": "fine"}, "logprobs": {"content": [token]}}
+        rig = Rig(
+            sqlite_store,
+            Says(orjson.dumps({"choices": [choice | {"finish_reason": "stop"}]})),
+            top=1,
+        )
+        rig.policies.calibrators = {"demo": SPREADING}
+        policy = a_policy(
+            confidence={"source": "logprob", "calibrator": "demo", "when_uncalibrated": "return"},
+            thresholds={"confident": 0.9, "unsure": 0.5},
+            audit={"rate": 0.3},
+        )
+        for _ in range(120):
+            call = a_call()
+            await rig.reply(call, policy)
+            record, task = await rig.record(call), await rig.task(call)
+            assert (task is not None) is (rig.audits.draw(call.id) < record.inclusion)
+            assert task is None or task.inclusion == record.inclusion
+            found.setdefault(logprob, set()).add((record.inclusion, record.inclusion_floor))
+    ((sure, floor),), ((unsure, same),) = found.values()
+    assert floor == same == LEAST_OF_RATE * 0.15
+    assert LEAST_OF_RATE * 0.3 <= sure < 0.3 < unsure
+    standing = Standing(
+        "test", 1, rig.clock.now(), "normal", suspended="drift", artefact=artefact_of(SPREADING)
+    )
+    await sqlite_store.put_standing(standing)
+    await rig.audits.refresh()
+    call = a_call()
+    await rig.reply(call, policy)
+    record = await rig.record(call)
+    assert (record.inclusion, record.inclusion_floor) == (0.3, 0.15)
 
 
 def test_artefacts_of_one_name_are_told_apart() -> None:

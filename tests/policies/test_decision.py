@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policies.auditing import Spread
 from policies.calibration import Certificate
 from policies.decision import Decision, Zone, decide, most_severe, to_json
 from policies.evidence import Estimate, Evidence, Reason
@@ -70,6 +71,7 @@ def settle(
     known: Estimate = SURE,
     draw: float = 0.999,
     attempts_left: int = 0,
+    spread: Spread | None = None,
     **document: Any,
 ) -> Decision:
     """The decision of a policy with one stage of these checks."""
@@ -80,6 +82,7 @@ def settle(
         estimate=known,
         draw=draw,
         attempts_left=attempts_left,
+        spread=spread,
     )
 
 
@@ -495,3 +498,43 @@ def test_the_reason_says_what_was_promised(
     assert decision.action is action
     (reason,) = (each.message for each in decision.reasons if each.source == "matrix")
     assert reason.endswith(says)
+
+
+SPREAD = Spread([(1 - n / 100, n / 50) for n in range(1, 51)])
+
+
+def inclusion(confidence: float, spread: Spread | None = SPREAD, **more: Any) -> float:
+    known = Estimate(confidence, confidence, "logprob", "c")
+    return settle(known=known, spread=spread, audit={"rate": 0.1}, **more).inclusion
+
+
+def test_doubtful_responses_of_a_cell_are_audited_more_often() -> None:
+    assert 0.05 <= inclusion(0.999) < inclusion(0.96) <= 0.2
+    assert inclusion(0.96, None) == 0.1
+    assert inclusion(0.8) == 1.0
+
+
+def test_without_confidence_the_rate_is_the_same_for_all_and_the_floor_says_what_others_have() -> (
+    None
+):
+    unknown = Estimate(0.9, uncalibrated="logprobs are absent")
+    returned: dict[str, Any] = {"confidence": {"when_uncalibrated": "return"}}
+    decision = settle(known=unknown, spread=SPREAD, audit={"rate": 0.1}, **returned)
+    assert (decision.inclusion, decision.inclusion_floor) == (0.1, 0.05)
+    decision = settle(known=unknown, audit={"rate": 0.1}, **returned)
+    assert (decision.inclusion, decision.inclusion_floor) == (0.1, 0.1)
+
+
+def test_what_observe_mode_returns_and_enforce_would_not_is_audited_at_the_rate() -> None:
+    assert inclusion(0.8, mode="observe") == 0.1
+    assert inclusion(0.999, mode="observe") == inclusion(0.999)
+
+
+@given(st.floats(0, 1), st.floats(0, 0.999), st.sampled_from([None, SPREAD]))
+def test_no_response_is_audited_less_than_the_floor_says(
+    confidence: float, draw: float, spread: Spread | None
+) -> None:
+    known = Estimate(confidence, confidence, "logprob", "c")
+    decision = settle(known=known, spread=spread, draw=draw, audit={"rate": 0.1})
+    assert 0 < decision.inclusion_floor <= decision.inclusion
+    assert decision.audit is (decision.action is RETURN and draw < decision.inclusion)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
-from math import sqrt
+from math import inf, sqrt
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2, chi2_contingency, ks_2samp
 
+from policies.auditing import Spread
 from policies.monitoring import (
     HORIZON,
     REFERENCE,
@@ -69,29 +70,36 @@ class TestErrorEscape:
             misses += any(not look.low <= truth <= look.high for look in looks)
         assert misses <= 0.05 * runs
 
-    def test_held_items_and_a_tenth_of_the_rest_give_the_whole_without_bias(self) -> None:
-        draw, misses, runs, estimates, naive = np.random.default_rng(2), 0, 150, [], []
+    @pytest.mark.parametrize(("is_spread", "runs", "looks"), [(False, 40, 20), (True, 20, 10)])
+    def test_held_items_and_a_tenth_of_the_rest_give_the_whole_without_bias(
+        self, is_spread: bool, runs: int, looks: int
+    ) -> None:
+        draw, misses, estimates, naive = np.random.default_rng(2), 0, [], []
+        knots = np.linspace(0.8, 0.999, 40)
+        spread = Spread((float(each), float(1 - each**8)) for each in knots)
+        n, floor = 6000, 0.05 if is_spread else 0.1
         for _ in range(runs):
-            confidence = draw.beta(8, 1, 6000)
-            wrong = draw.random(6000) < 1 - confidence
-            held = confidence < 0.8
-            inclusion = np.where(held, 1.0, 0.1)
-            seen = draw.random(6000) < inclusion
-            truth = float(np.mean(1 - confidence))
-            for upto in (1500, 3000, 6000):
-                part = slice(0, upto)
-                rows = [
-                    Audited(0.1 / p, int(at.sum()), int((at & wrong[part]).sum()))
-                    for p in (0.1, 1.0)
-                    if (at := seen[part] & (inclusion[part] == p)).any()
-                ]
-                found = error_escape(rows)
-                if not found.low <= 1 / 9 <= found.high:
-                    misses += 1
-                    break
+            confidence = draw.beta(8, 1, n)
+            wrong = draw.random(n) < 1 - confidence
+            audited = np.full(n, 0.1)
+            if is_spread:
+                audited[:] = [spread.probability(c, 0.1, 0.8, inf) for c in confidence.tolist()]
+            inclusion = np.where(confidence < 0.8, 1.0, audited)
+            seen = draw.random(n) < inclusion
+            inside = []
+            for upto in range(n // looks, n + 1, n // looks):
+                part = np.flatnonzero(seen[:upto])
+                kinds, which = np.unique(inclusion[part], return_inverse=True)
+                counts, errors = np.bincount(which), np.bincount(which, weights=wrong[part])
+                found = error_escape(
+                    Audited(floor / p, int(count), int(bad))
+                    for p, count, bad in zip(kinds.tolist(), counts, errors, strict=True)
+                )
+                inside.append(found.low <= 1 / 9 <= found.high)
+            misses += not all(inside)
             assert found.estimate is not None
-            estimates.append(found.estimate - truth)
-            naive.append(float(wrong[seen].mean()) - truth)
+            estimates.append(found.estimate - float(np.mean(1 - confidence)))
+            naive.append(float(wrong[seen].mean()) - 1 / 9)
         standard_error = np.std(estimates) / sqrt(runs)
         assert abs(np.mean(estimates)) < 3 * standard_error + 1e-3
         assert np.mean(naive) > 0.1
@@ -109,6 +117,20 @@ class TestErrorCusum:
                     alarms += 1
                     break
         assert alarms <= 0.05 * 200
+
+    def test_it_is_as_quiet_where_what_is_doubtful_is_drawn_more_often(self) -> None:
+        draw, alarms = np.random.default_rng(7), 0
+        for _ in range(100):
+            cusum = ErrorCusum(0.02)
+            # Half of the responses have 0.5 % errors and are audited at 5 %, half have 3.5 % and are at 15 %.
+            doubtful = draw.random(2000) < 0.75
+            for doubt, chance in zip(doubtful.tolist(), draw.random(2000).tolist(), strict=True):
+                error, share = (0.035, 1 / 3) if doubt else (0.005, 1.0)
+                cusum = cusum.after(chance > error, share)
+                if cusum.is_alarm:
+                    alarms += 1
+                    break
+        assert alarms <= 0.05 * 100
 
     def test_it_notices_five_times_as_many_within_some_hundred_reviews(self) -> None:
         draw, delays = np.random.default_rng(4), []

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from policies.calibration import Certificate
 from policies.model import Band, RiskTier, ThresholdPair, Thresholds
-from policies.thresholds import band
+from policies.thresholds import band, limits
 
 PROBABILITY = st.floats(min_value=0, max_value=1)
 
@@ -76,3 +76,18 @@ def test_what_is_confident_is_what_a_certificate_is_for(
 def test_confident_is_not_written_twice() -> None:
     with pytest.raises(ValueError, match="leave out confident"):
         Thresholds(from_calibrator=True, confident=0.9)
+
+
+@given(
+    st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.sampled_from([None, 0.0, 0.3, 0.8, 1.0])
+)
+def test_the_limits_of_a_band_hold_exactly_what_is_in_it(
+    confidence: float, other: float, unsure: float, threshold: float | None
+) -> None:
+    thresholds = Thresholds(from_calibrator=True, unsure=unsure)
+    promised = [certificate(threshold)]
+    where = band(confidence, thresholds, RiskTier.LOW, promised)
+    low, high = limits(where, thresholds, RiskTier.LOW, promised)
+    assert low <= confidence < high
+    is_same = band(other, thresholds, RiskTier.LOW, promised) is where
+    assert is_same is (low <= other < high)
