@@ -112,8 +112,8 @@ def _bytes_of(token: TokenLogprob) -> str:
         return _as_bytes(token.token)
 
 
-def answer_tokens(choice: Choice) -> list[Span]:
-    """The ranges of the tokens that wrote the answer of a choice, in order and apart; none where it cannot be located.
+def answer_tokens(choice: Choice) -> list[int]:
+    """Which tokens wrote the answer of a choice, by number and in order; none where it cannot be located.
 
     The answer is, of tool calls, the values in their arguments. Of a text that is JSON, or has JSON in code fences, it is the
     values; of another its final line, and of that what follows "answer is" or the like if something does: a letter that
@@ -123,15 +123,14 @@ def answer_tokens(choice: Choice) -> list[Span]:
         return []
     said = [each for each in choice.texts or choice.refusals if each.text.strip()]
     passages = [call.arguments for call in choice.tool_calls] or said[-1:]
-    ranges: list[Span] = []
+    found: list[int] = []
     done = 0
     for passage, by in written(choice.logprobs, passages):
         spans = list(_values(passage)) or [final(passage.text)]
         for first, last in by.tokens(spans):
-            if last > done:
-                ranges.append((max(first, done), last))
-                done = last
-    return ranges
+            found += range(max(first, done), last)
+            done = last
+    return found
 
 
 def final(text: str) -> Span:

@@ -52,7 +52,7 @@ from typing import Annotated, Literal, TypeAlias, get_args
 
 from pydantic import Field
 
-from policies.answer import Span, answer_tokens, named_values
+from policies.answer import answer_tokens, named_values
 from validators import Choice, Exchange, TokenLogprob
 
 LogprobName: TypeAlias = Literal[
@@ -80,6 +80,20 @@ SignalName: TypeAlias = Literal[
     "mean_entropy",
     "unlisted_mass",
 ]
+
+#: What every response with usable logprobs has; one recorded by an earlier version may lack some.
+ALWAYS: frozenset[str] = frozenset(
+    {
+        "total_logprob",
+        "mean_logprob",
+        "min_logprob",
+        "p10_logprob",
+        "window_logprob",
+        "first_logprob",
+        "n_tokens",
+        "unsure_tokens",
+    }
+)
 
 #: The score of the judge of that id.
 JudgeSignal: TypeAlias = Annotated[str, Field(pattern=r"^judge\.[a-z][a-z0-9_]{0,63}$")]
@@ -166,11 +180,10 @@ def signals(exchange: Exchange) -> Signals:
     )
 
 
-def token_signals(tokens: Sequence[TokenLogprob] | None, answer: Sequence[Span] = ()) -> Signals:
+def token_signals(tokens: Sequence[TokenLogprob] | None, answer: Sequence[int] = ()) -> Signals:
     """The signals of a run of tokens: a whole choice, or any slice of one.
 
-    `answer` are the half-open ranges, apart, of those that wrote the answer; without any there are no
-    signals of it.
+    `answer` are the numbers of those that wrote the answer; without any there are no signals of it.
     """
     if not tokens:
         return Signals(absent=Absence.ABSENT)
@@ -308,7 +321,7 @@ _OTHER_SCALES = {
 }
 
 
-def _sequence(logprobs: list[float], answer: Sequence[Span]) -> dict[str, float]:
+def _sequence(logprobs: list[float], answer: Sequence[int]) -> dict[str, float]:
     ordered = sorted(logprobs)
     if ordered[0] < FLOOR or ordered[-1] > 0.0:
         logprobs = [min(max(each, FLOOR), 0.0) for each in logprobs]
@@ -327,9 +340,7 @@ def _sequence(logprobs: list[float], answer: Sequence[Span]) -> dict[str, float]
         "unsure_tokens": float(bisect_left(ordered, _UNSURE)),
     }
     if answer:
-        values["answer_logprob"] = min(
-            0.0, sum([sums[last] - sums[first] for first, last in answer])
-        )
+        values["answer_logprob"] = sum([logprobs[each] for each in answer])
     return values
 
 
@@ -339,7 +350,7 @@ def _worst_window(sums: list[float]) -> float:
     return min(0.0, lowest / WINDOW_TOKENS)
 
 
-def _alternatives(tokens: Sequence[TokenLogprob], answer: Sequence[Span]) -> dict[str, float]:
+def _alternatives(tokens: Sequence[TokenLogprob], answer: Sequence[int]) -> dict[str, float]:
     positions = [token.top_logprobs or () for token in tokens]
     sizes = list(map(len, positions))
     if min(sizes) < 2:
@@ -365,7 +376,7 @@ def _alternatives(tokens: Sequence[TokenLogprob], answer: Sequence[Span]) -> dic
         "unlisted_mass": max(0.0, 1.0 - sum(probabilities) / n),
     }
     if answer:
-        values["answer_margin"] = min([min(margins[first:last]) for first, last in answer])
+        values["answer_margin"] = min([margins[each] for each in answer])
     return values
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.signals import (
+    ALWAYS,
     CONSTANT_TOKENS,
     FLOOR,
     MAX_FIELDS,
@@ -39,7 +40,7 @@ WITH_ALTERNATIVES = st.lists(
 
 def test_every_signal_follows_its_formula() -> None:
     listed = [[-0.1, -3.0], [-1.0, -2.0], [-0.3, -1.5]]
-    found = token_signals(tokens([-0.1, -2.0, -0.3], listed), answer=[(0, 1), (2, 3)])
+    found = token_signals(tokens([-0.1, -2.0, -0.3], listed), answer=[0, 2])
     assert found.absent is None
     assert found.values == pytest.approx(
         {
@@ -62,7 +63,7 @@ def test_every_signal_follows_its_formula() -> None:
 
 
 def test_signal_names_are_exactly_the_declared_ones() -> None:
-    found = token_signals(tokens([-1.0], [[-1.0, -2.0]]), answer=[(0, 1)])
+    found = token_signals(tokens([-1.0], [[-1.0, -2.0]]), answer=[0])
     assert set(found.values) == set(get_args(SignalName))
 
 
@@ -103,6 +104,10 @@ def test_rounded_probabilities_that_sum_to_more_than_one_leave_no_mass() -> None
 def test_without_an_answer_only_its_signals_are_missing() -> None:
     found = token_signals(tokens([-1.0], [[-1.0, -2.0]]))
     assert set(get_args(SignalName)) - set(found.values) == {"answer_logprob", "answer_margin"}
+
+
+def test_tokens_alone_give_what_every_response_has() -> None:
+    assert token_signals(tokens([-1.0])).values.keys() == ALWAYS
 
 
 @pytest.mark.parametrize(("n", "rank"), [(1, 0), (10, 0), (11, 1), (20, 1), (21, 2), (300, 29)])
