@@ -108,12 +108,16 @@ def signals_of(said: dict[str, Any]) -> Signals:
 
 
 def tokens(said: dict[str, Any]) -> Iterator[TokenLogprob]:
-    """Tokens as a provider sends them; where the file lists no others, what is left goes to one other."""
+    """Tokens as a provider sends them; where the file lists no others, what is left goes to one other.
+
+    A token that the file knows by its number only (`#198`) has no text.
+    """
     for each in said["tokens"]:
         tops = [logprob for _, logprob in each.get("top") or ()] or [each["logprob"]]
         if len(tops) < 2:
             tops.append(log(max(1.0 - exp(min(tops[0], 0.0)), 1e-7)))
-        yield TokenLogprob(each["logprob"], each["token"], [TopLogprob(top) for top in tops])
+        text = "" if each["token"].startswith("#") else each["token"]
+        yield TokenLogprob(each["logprob"], text, [TopLogprob(top) for top in tops])
 
 
 # --------------------------------------------------------------------------------------------------------- measuring

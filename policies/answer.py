@@ -126,9 +126,9 @@ def answer_tokens(choice: Choice) -> list[int]:
     found: list[int] = []
     done = 0
     for passage, by in written(choice.logprobs, passages):
-        spans = list(_values(passage)) or [final(passage.text)]
+        spans = _values(passage) or [final(passage.text)]
         for first, last in by.tokens(spans):
-            found += range(max(first, done), last)
+            found += range(first if first > done else done, last)
             done = last
     return found
 
@@ -173,10 +173,12 @@ def named_values(choice: Choice) -> Iterator[tuple[str, Span]]:
                 yield f"{passage.path}#{where}", tokens
 
 
-def _values(passage: Passage) -> Iterator[Span]:
+def _values(passage: Passage) -> list[Span]:
+    found: list[Span] = []
     for offset, document in _documents(passage):
-        for start, end in scalar_spans(document.text):
-            yield offset + start, offset + end
+        spans = scalar_spans(document.text)
+        found += [(offset + start, offset + end) for start, end in spans] if offset else spans
+    return found
 
 
 def _documents(passage: Passage) -> Iterator[tuple[int, Passage]]:

@@ -23,6 +23,7 @@ def _policy(name: str, then: str, more: str = "") -> str:
 POLICIES = {
     "flagged": _policy("flagged", "flag"),
     "held": _policy("held", "hold", "hold: {wait: 0s}\n"),
+    "observed": _policy("observed", "flag", "stream: observe\n"),
     "returned": _policy("returned", "return"),
     "redacted": _policy("redacted", "flag", "content: redacted\n"),
     "digest": _policy("digest", "flag", "content: digest\n"),
@@ -95,6 +96,14 @@ def test_reviewer_sees_the_doubtful_field_first(
     assert sku["token_probability"] == pytest.approx(math.exp(-0.03))
     assert sku["least_probability"] == pytest.approx(math.exp(-0.02))
     assert (qty["n_tokens"], sku["n_tokens"]) == (1, 2)
+
+
+def test_a_stream_that_was_let_through_has_fields_like_any_other(http: httpx.Client) -> None:
+    body = request("chat", "observed", scripted(logprobs=ORDER), stream=True)
+    answer = http.post("/v1/chat/completions", json=body)
+    assert '"logprob":' not in answer.text
+    decision = http.get(f"/decisions/{answer.headers['x-holdgate-decision']}").json()
+    assert fields_of(http, decision)[0]["path"] == "choices[0].message.content#/qty"
 
 
 def test_arguments_of_tool_calls_have_fields_too(http: httpx.Client) -> None:
