@@ -13,12 +13,14 @@ from rich.table import Table
 
 from gateway import economics
 from gateway.audits import artefact_of
+from gateway.calibrating.applying import newest_proposal
 from gateway.errors import GatewayError, NotFound
 from gateway.labels import LabelError, Line, imported, read_lines
 from gateway.monitors import resumed
 from gateway.policy_files import Loaded, load
 from gateway.quality import TARGETS, Quality, measured
 from gateway.records import Alarm, Standing
+from gateway.settings import Settings
 from gateway.store import SqlStore, open_store
 from gateway.terminal import ConfigOption, config_path, fail, out, settings_at
 from policies import AuditLevel, CalibrationError, Calibrator, Mode, Policy, PolicyError, staleness
@@ -155,19 +157,24 @@ def status(
     found = with_store(config, act)
     for policy in loaded.policies.policies:
         out.print(f"[b]{policy.policy}[/b] ({policy.mode.value})")
-        for line in _lines(policy, loaded, found, now):
+        for line in _lines(policy, loaded, found, now, settings):
             out.print(f"  {line}", markup=False, highlight=False)
     out.print(_metrics(found.quality))
     out.print(f"Metrics since {at.isoformat(timespec='seconds')}; docs/metrics.md defines them.")
 
 
-def _lines(policy: Policy, loaded: Loaded, found: _Found, now: datetime) -> Iterator[str]:
+def _lines(
+    policy: Policy, loaded: Loaded, found: _Found, now: datetime, settings: Settings
+) -> Iterator[str]:
     calibrator = loaded.calibrators.get(policy.confidence.calibrator or "")
     standing = found.standings.get(policy.policy)
     labelled, wrong = found.counts.get(policy.policy, (0, 0))
     yield f"stage: {_stage(policy, calibrator, labelled, wrong)}"
     yield f"labels: {labelled}, of which {wrong} not acceptable{_missing(labelled, wrong)}"
     yield f"calibrator: {_artefact(policy, calibrator, now)}"
+    if (proposal := newest_proposal(settings, policy.policy, calibrator)) is not None:
+        path, proposed = proposal
+        yield f"proposed: {_artefact(policy, proposed, now)}; `holdgate calibrate apply {path} --policy {policy.policy}`"
     if calibrator is not None:
         for each in calibrator.certificates:
             yield f"certificate: {_certificate(each)}"
