@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, NamedTuple, TypeVar
 
 import typer
-from rich.table import Table
 
 from gateway import economics
 from gateway.audits import artefact_of
@@ -158,8 +157,10 @@ def status(
     for policy in loaded.policies.policies:
         out.print(f"[b]{policy.policy}[/b] ({policy.mode.value})")
         for line in _lines(policy, loaded, found, now, settings):
-            out.print(f"  {line}", markup=False, highlight=False)
-    out.print(_metrics(found.quality))
+            out.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"all: {_metrics(found.quality[''])}", markup=False, highlight=False, soft_wrap=True)
+    targets = ", ".join(f"{name.replace('_', ' ')} {target}" for name, target in TARGETS.items())
+    out.print(f"targets: {targets}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"Metrics since {at.isoformat(timespec='seconds')}; docs/metrics.md defines them.")
 
 
@@ -185,6 +186,8 @@ def _lines(
     yield f"audits: {f'{level.value}, ' if policy.audit.adaptive else ''}{rate:.0%} of what is returned"
     if standing and standing.suspended and standing.artefact == artefact_of(calibrator):
         yield f"suspended: {standing.suspended}; `holdgate calibrate resume {policy.policy}` or a new artefact lifts it"
+    if (quality := found.quality.get(policy.policy)) is not None:
+        yield f"metrics: {_metrics(quality)}"
     for alarm in found.alarms:
         if alarm.policy == policy.policy:
             yield f"ALARM {alarm.kind} since {alarm.at.isoformat(timespec='seconds')}: {alarm.message}"
@@ -194,11 +197,11 @@ def _stage(policy: Policy, calibrator: Calibrator | None, labelled: int, wrong: 
     """Where on the path observe, enough labels, route, cascade."""
     if calibrator is None:
         enough = labelled >= LABELS_NEEDED and wrong >= ERRORS_NEEDED
-        path = (
-            "enough labels: fit a calibrator (holdgate calibrate fit)"
-            if enough
-            else "collecting labels"
-        )
+        path = "collecting labels"
+        if enough:
+            path = "enough labels: fit a calibrator (holdgate calibrate fit)"
+        elif not policy.audit.rate:
+            path += ", but nothing that is returned is reviewed: set `audit`"
         return f"{'observing' if policy.mode is Mode.OBSERVE else 'enforcing without confidence'}, {path}"
     if policy.mode is Mode.OBSERVE:
         return "calibrated and observing; `mode: enforce` lets it route"
@@ -239,38 +242,20 @@ def _certificate(each: Certificate) -> str:
     return f"{where + ': ' if where else ''}{promise}; {threshold}"
 
 
-def _metrics(found: dict[str, Quality]) -> Table:
-    table = Table("policy")
-    names = (
-        "decisions",
-        "escalation",
-        "auto-resolve",
-        "error escape",
-        "interval",
-        "review p50 s",
-        "p95 s",
+def _metrics(each: Quality) -> str:
+    """The metrics that are known; nothing but the count if none is."""
+    escape = each.error_escape
+    interval = f" ({escape.low:.2%} to {escape.high:.2%})" if escape.high < 1.0 else ""
+    known = (
+        ("escalation", _percent(each.escalation_rate)),
+        ("auto-resolve", _percent(each.auto_resolve_rate)),
+        ("error escape", _percent(escape.estimate) + interval if escape.reviewed else ""),
+        ("review p50", _seconds(each.review_p50_s)),
+        ("p95", _seconds(each.review_p95_s)),
+        ("agreement", _percent(each.reviewer_agreement)),
+        ("feedback used", _percent(each.feedback_utilisation)),
     )
-    for name in (*names, "agreement", "feedback used"):
-        table.add_column(name, justify="right")
-    for name, each in found.items():
-        escape = each.error_escape
-        interval = f"{escape.low:.2%} to {escape.high:.2%}" if name and escape.reviewed else ""
-        table.add_row(
-            name or "all",
-            str(each.decisions),
-            _percent(each.escalation_rate),
-            _percent(each.auto_resolve_rate),
-            _percent(escape.estimate),
-            interval,
-            _seconds(each.review_p50_s),
-            _seconds(each.review_p95_s),
-            _percent(each.reviewer_agreement),
-            _percent(each.feedback_utilisation),
-        )
-    targets = [TARGETS[name] for name in ("escalation_rate", "auto_resolve_rate", "error_escape")]
-    latency, rest = TARGETS["review_latency"], [TARGETS["reviewer_agreement"], "monthly"]
-    table.add_row("target", "", *targets, "", "", latency, *rest)
-    return table
+    return ", ".join([f"{each.decisions} decisions", *(f"{n} {v}" for n, v in known if v)])
 
 
 def _percent(share: float | None) -> str:
@@ -278,4 +263,4 @@ def _percent(share: float | None) -> str:
 
 
 def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}"
+    return "" if value is None else f"{value:.0f} s"
