@@ -12,22 +12,21 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from enum import Enum, auto
 from http import HTTPStatus
 
+import aiohttp
 import orjson
 from standardwebhooks import Webhook
-from yarl import URL
 
 from gateway import logs
-from gateway.connections import Server
-from gateway.errors import StoreError, UpstreamError, UpstreamTimeout
+from gateway.errors import StoreError
 from gateway.ports import Clock, Store
 from gateway.records import Delivery, TaskRecord
 from gateway.reviews import status_word
-from gateway.settings import Settings, Timeouts, WebhookEntry
+from gateway.settings import Settings, WebhookEntry
 from gateway.telemetry import Metrics
 from validators import JSON
 
@@ -42,7 +41,7 @@ _BATCH = 500
 _AT_ONCE = 8
 
 #: Within this a receiver must have answered; another replica takes a delivery over after the lease.
-_TIMES = Timeouts(connect=5, read=10, total=10)
+_TIMEOUT = aiohttp.ClientTimeout(total=10, connect=5)
 _LEASE_S = 20.0
 
 #: So much of an answer is read, so that its connection can be used again; nothing of it is kept.
@@ -58,7 +57,7 @@ class Health(Enum):
 
 
 class Webhooks:
-    """Empties the outbox, and delivers what webhooks ask for. To be used on one event loop."""
+    """Empties the outbox, and delivers what webhooks ask for. Must be made on the event loop that will run it."""
 
     def __init__(self, store: Store, clock: Clock, metrics: Metrics, settings: Settings) -> None:
         self._store = store
@@ -74,7 +73,12 @@ class Webhooks:
         for hook in self._hooks:
             for kind in dict.fromkeys(hook.events):
                 self._takers.setdefault(kind, []).append(hook.name)
-        self._receivers = {hook.name: Server(URL(hook.url), _TIMES) for hook in self._hooks}
+        self._session = aiohttp.ClientSession(
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=_TIMEOUT,
+            auto_decompress=False,
+            read_bufsize=_ANSWER_BYTES,
+        )
 
     async def run(self) -> None:
         """Dispatch and deliver until cancelled."""
@@ -87,8 +91,7 @@ class Webhooks:
 
     async def close(self) -> None:
         """Let go of connections."""
-        for receiver in self._receivers.values():
-            await receiver.close()
+        await self._session.close()
 
     async def dispatch(self) -> None:
         """Empty the outbox: each webhook gets what it asked for, the rest is dropped."""
@@ -151,25 +154,23 @@ class Webhooks:
         """The status that the receiver answers, 0 if it does not, and what is wrong with it in words."""
         body, now = await self._body(delivery), self._clock.now()
         signatures = (each.sign(delivery.id, now, body) for each in self._signers[hook.name])
-        headers = [
-            ("content-type", "application/json"),
-            ("user-agent", "Holdgate"),
-            ("webhook-id", delivery.id),
-            ("webhook-timestamp", str(int(now.timestamp()))),
-            ("webhook-signature", " ".join(signatures)),
-        ]
-        receiver, target = self._receivers[hook.name], URL(hook.url).raw_path_qs
+        headers = {
+            "content-type": "application/json",
+            "user-agent": "Holdgate",
+            "webhook-id": delivery.id,
+            "webhook-timestamp": str(int(now.timestamp())),
+            "webhook-signature": " ".join(signatures),
+        }
         try:
-            answer = await receiver.ask("POST", target, headers, body.encode())
-            try:
-                await _read_some(answer)
-            finally:
-                answer.close()
-        except UpstreamTimeout:
+            async with self._session.post(
+                hook.url, data=body.encode(), headers=headers, allow_redirects=False
+            ) as response:
+                await response.content.read(_ANSWER_BYTES)
+                return response.status, f"it answered {response.status}"
+        except TimeoutError:
             return 0, "it did not answer in time"
-        except UpstreamError as error:
-            return 0, error.message
-        return answer.status, f"it answered {answer.status}"
+        except (aiohttp.ClientError, OSError) as error:
+            return 0, type(error).__name__
 
     async def _body(self, delivery: Delivery) -> str:
         """The event, the same at every attempt: of a task only what does not change any more."""
@@ -186,15 +187,6 @@ class Webhooks:
                 data |= {"policy": alarm.policy, "kind": alarm.kind}
         event = {"type": delivery.kind, "timestamp": delivery.at, "data": data}
         return orjson.dumps(event).decode()
-
-
-async def _read_some(body: AsyncIterator[bytes]) -> None:
-    """Read a body, if it is not long."""
-    size_bytes = 0
-    async for part in body:
-        size_bytes += len(part)
-        if size_bytes > _ANSWER_BYTES:
-            break
 
 
 def _facts(task: TaskRecord, kind: str) -> dict[str, JSON]:

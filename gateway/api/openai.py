@@ -40,6 +40,7 @@ class OpenAIEdge:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; every error has the OpenAI shape."""
@@ -133,6 +134,11 @@ class OpenAIEdge:
             )
         opening = [("x-request-id", call.request_id), ("x-holdgate-policy", match.policy.label)]
         is_streamed = call.streamed
+        if is_streamed:
+            # Of streams that come together one begins in each turn of the loop: the release, and then the task in which aiohttp
+            # writes this request, run before the next begins. Else the first is sent on only after all have been read and prepared.
+            await self._turn.acquire()
+            asyncio.get_running_loop().call_soon(self._turn.release)
         answering = self._answer(call, match)
         # A client may wait for hours from here on: what it sent must not stay in memory for that long.
         del call, match

@@ -1,18 +1,21 @@
-"""Providers of the OpenAI dialect: original bytes there and back over kept connections."""
+"""Providers of the OpenAI dialect: original bytes there and back over one pool of connections."""
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import ssl
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import lru_cache
 from urllib.parse import unquote
 
+import aiohttp
 import zstandard
 from yarl import URL
 
-from gateway.connections import Server
-from gateway.errors import InvalidRequest, UpstreamError
+from gateway.errors import InvalidRequest, UpstreamError, UpstreamTimeout
 from gateway.ports import UpstreamCall, UpstreamResponse
 from gateway.settings import ModelEntry
 
@@ -38,37 +41,71 @@ _NOT_RELAYED = _HOP_BY_HOP | {"alt-svc"}
 _PATH = re.compile(r"/[^?#\x00-\x20\x7f-\U0010ffff]*")
 _QUERY = re.compile(r"[^#\x00-\x20\x7f-\U0010ffff]*")
 
+#: A longer body is written piece by piece.
+_LARGE_BODY_BYTES = 2**20
 #: So much of a packed body is unpacked at a time, and so much of a zstd frame is: four bytes of it may stand for 128 KiB.
 _PIECE_BYTES = 2**18
 _ZSTD_BYTES = 64
 _ZSTD_WINDOW_BYTES = 2**23  # what every decoder should accept (RFC 8878, section 3.1.1.1.2)
 
 
-class DirectUpstream:
-    """A server of the OpenAI dialect, as a model entry describes it. To be used on one event loop."""
+def open_session() -> aiohttp.ClientSession:
+    """Open a pool of connections that adds nothing to a message: no cookies, no headers of its own.
 
-    def __init__(self, entry: ModelEntry, api_key: str | None) -> None:
-        base = URL(entry.base_url or OPENAI_URL)
-        self._server = Server(base, entry.timeout_s)
-        self._path = base.raw_path.rstrip("/")
+    Must be called on the event loop that will use it.
+    """
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers=("accept", "accept-encoding", "content-type", "user-agent"),
+        auto_decompress=False,
+        read_bufsize=2**18,
+    )
+
+
+class DirectUpstream:
+    """A server of the OpenAI dialect, as a model entry describes it."""
+
+    def __init__(
+        self, session: aiohttp.ClientSession, entry: ModelEntry, api_key: str | None
+    ) -> None:
+        self._session = session
+        self._base = entry.base_url or OPENAI_URL
+        self._origin = str(URL(self._base).origin())
         self._authorization = f"Bearer {api_key}" if api_key else None
         self._dropped = _NOT_SENT | {"authorization"} if api_key else _NOT_SENT
+        times = entry.timeout_s
+        self._timeout = aiohttp.ClientTimeout(
+            total=times.total, connect=times.connect, sock_read=times.read
+        )
 
     async def send(self, call: UpstreamCall) -> UpstreamResponse:
         """See `gateway.ports.Upstream`. A key of the entry replaces the client's `Authorization`.
 
         Raises `InvalidRequest` if the path would leave the base URL.
         """
-        target = self._path + _target(call.path, call.query)
-        incoming = await self._server.ask(call.method, target, self._headers(call), call.body)
-        encoding = dict(incoming.headers).get("content-encoding", "") if call.readable else ""
-        body: AsyncIterator[bytes] = incoming
+        url = _url(self._base, call.path, call.query)
+        try:
+            response = await self._session.request(
+                call.method,
+                url,
+                headers=self._headers(call),
+                data=_payload(call.body),
+                timeout=self._timeout,
+                allow_redirects=False,
+            )
+        except (aiohttp.ClientError, OSError) as error:
+            raise _explained(error, self._origin) from error
+        body: AsyncIterator[bytes] = _Body(response.content, self._origin)
         dropped = _NOT_RELAYED
+        encoding = response.headers.get("content-encoding", "") if call.readable else ""
         if encoding:
-            body = _unpacked(incoming, encoding, self._server.origin)
+            body = _unpacked(body, encoding, self._origin)
             dropped = dropped | {"content-encoding", "content-length"}
-        headers = _end_to_end(incoming.headers, dropped)
-        return UpstreamResponse(incoming.status, headers, body, incoming.close)
+        headers = [(n.decode("latin-1"), v.decode("latin-1")) for n, v in response.raw_headers]
+        return UpstreamResponse(
+            response.status, _end_to_end(headers, dropped), body, response.close
+        )
 
     def _headers(self, call: UpstreamCall) -> list[tuple[str, str]]:
         dropped = self._dropped
@@ -76,24 +113,56 @@ class DirectUpstream:
             dropped = dropped | {"accept-encoding"}
         if isinstance(call.body, bytes):
             dropped = dropped | {"content-length"}
-        headers = _end_to_end(call.headers, dropped)
+        headers = [(name, _utf8(value)) for name, value in _end_to_end(call.headers, dropped)]
         if self._authorization:
             headers.append(("authorization", self._authorization))
         if call.readable:
             headers.append(("accept-encoding", "identity"))
         return headers
 
-    async def close(self) -> None:
-        """Close every connection."""
-        await self._server.close()
+
+class _Body:
+    """The bytes of a response as they arrive, with the errors of the connection made ours."""
+
+    __slots__ = ("_content", "_origin")
+
+    def __init__(self, content: aiohttp.StreamReader, origin: str) -> None:
+        self._content = content
+        self._origin = origin
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            chunk = await self._content.readany()
+        except (aiohttp.ClientError, OSError) as error:
+            raise _explained(error, self._origin) from error
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
 
 
 @lru_cache(maxsize=128)
-def _target(path: str, query: str) -> str:
+def _url(base: str, path: str, query: str) -> URL:
     segments = unquote(path).replace("\\", "/").split("/")
     if not (_PATH.fullmatch(path) and _QUERY.fullmatch(query)) or {".", ".."} & set(segments):
         raise InvalidRequest(f"The path {path[:200]!r} cannot be forwarded.", code="invalid_path")
-    return f"{path}?{query}" if query else path
+    return URL(f"{base}{path}?{query}" if query else base + path, encoded=True)
+
+
+def _utf8(value: str) -> str:
+    """Undo our server's reading of a value as Latin-1, because aiohttp writes UTF-8."""
+    return value if value.isascii() else value.encode("latin-1", "replace").decode(errors="replace")
+
+
+def _payload(
+    body: bytes | AsyncIterator[bytes],
+) -> bytes | io.BytesIO | AsyncIterator[bytes] | None:
+    """Give aiohttp large bodies as a file, which it writes piece by piece."""
+    if isinstance(body, bytes) and len(body) > _LARGE_BODY_BYTES:
+        return io.BytesIO(body)
+    return body or None
 
 
 def _end_to_end(
@@ -110,6 +179,31 @@ def _end_to_end(
     if dropped.isdisjoint(key for key, _ in kept):
         return kept
     return [(key, value) for key, value in kept if key not in dropped]
+
+
+def _explained(error: Exception, origin: str) -> UpstreamError:
+    """Return an error of the connection as one of ours, without headers, paths or queries."""
+    match error:
+        case aiohttp.ConnectionTimeoutError():
+            message = f"{origin} did not accept a connection in time."
+        case TimeoutError():
+            return UpstreamTimeout(f"{origin} did not answer in time.")
+        case aiohttp.ClientSSLError() | ssl.SSLError() | aiohttp.ServerFingerprintMismatch():
+            message = f"No trusted TLS connection to {origin} can be made."
+        case aiohttp.ClientConnectorError():
+            fault = error.os_error
+            number = fault.errno or 0  # a name server's are below zero
+            reason = os.strerror(number) if number > 0 else fault.strerror or type(fault).__name__
+            message = f"Could not connect to {origin}: {reason}."
+        case aiohttp.ServerDisconnectedError():
+            message = f"{origin} closed the connection before it answered."
+        case aiohttp.ClientPayloadError():
+            message = f"{origin} broke off in the middle of its response."
+        case aiohttp.ClientResponseError():
+            message = f"{origin} sent something that is not HTTP."
+        case _:
+            message = f"The connection to {origin} failed ({type(error).__name__})."
+    return UpstreamError(message)
 
 
 async def _unpacked(

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import inspect
+import ssl
+import subprocess
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import aiohttp
 import pytest
 import zstandard
-from aiohttp import web
+from aiohttp import client_exceptions, web
+from aiohttp.client_reqrep import ConnectionKey
 
 from gateway.errors import InvalidRequest, UpstreamError, UpstreamTimeout
 from gateway.ports import UpstreamCall
 from gateway.settings import ModelEntry, Timeouts
-from gateway.upstream.direct import DirectUpstream
+from gateway.upstream.direct import DirectUpstream, _explained, open_session
 from tests.gateway.loopback import Handler, serving
 
 BODY = b'{ "model":"m",  "n": 1.0e0 , "unknown":[1,2] }'
@@ -25,13 +30,9 @@ BODY = b'{ "model":"m",  "n": 1.0e0 , "unknown":[1,2] }'
 async def upstream_of(
     handler: Handler, *, api_key: str | None = None, timeout_s: Timeouts | None = None
 ) -> AsyncIterator[DirectUpstream]:
-    async with serving(handler) as url:
+    async with serving(handler) as url, open_session() as session:
         entry = ModelEntry(match="*", base_url=url, timeout_s=timeout_s or Timeouts())
-        upstream = DirectUpstream(entry, api_key)
-        try:
-            yield upstream
-        finally:
-            await upstream.close()
+        yield DirectUpstream(session, entry, api_key)
 
 
 @asynccontextmanager
@@ -44,17 +45,9 @@ async def raw_server(
 
     server = await asyncio.start_server(closing, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
-    async with server:
-        upstream = DirectUpstream(
-            ModelEntry(
-                match="*", base_url=f"http://{host}:{port}/v1", timeout_s=Timeouts(total=10)
-            ),
-            None,
-        )
-        try:
-            yield upstream
-        finally:
-            await upstream.close()
+    async with server, open_session() as session:
+        entry = ModelEntry(match="*", base_url=f"http://{host}:{port}/v1")
+        yield DirectUpstream(session, entry, None)
 
 
 class Recorder:
@@ -455,9 +448,12 @@ async def test_body_over_the_limit_is_refused_and_the_provider_stopped() -> None
 async def test_provider_that_does_not_listen_is_unreachable() -> None:
     async with serving(Recorder()) as url:
         pass
-    upstream = DirectUpstream(ModelEntry(match="*", base_url=url), "sk-secret")
-    with pytest.raises(UpstreamError, match=r"Could not connect to http://127\.0\.0\.1") as caught:
-        await upstream.send(post())
+    async with open_session() as session:
+        upstream = DirectUpstream(session, ModelEntry(match="*", base_url=url), "sk-secret")
+        with pytest.raises(
+            UpstreamError, match=r"Could not connect to http://127\.0\.0\.1"
+        ) as caught:
+            await upstream.send(post())
     assert (caught.value.status, caught.value.code) == (502, "upstream_error")
     assert not isinstance(caught.value, UpstreamTimeout)
 
@@ -506,3 +502,42 @@ async def test_answer_that_is_not_http_is_an_upstream_error(answer: bytes, messa
     async with raw_server(talk) as upstream:
         with pytest.raises(UpstreamError, match=message):
             await (await upstream.send(post())).read(1000)
+
+
+def every_client_error() -> list[aiohttp.ClientError]:
+    secret = "https://key-in-url@host/path?secret=1"
+    key = ConnectionKey("host", 443, True, True, None, None, None)
+    info = aiohttp.RequestInfo(secret, "POST", {"Authorization": "secret"}, secret)  # type: ignore[arg-type]
+    fatal = OSError(111, "Connection refused")
+    made: list[aiohttp.ClientError] = []
+    for kind in vars(client_exceptions).values():
+        if not (inspect.isclass(kind) and issubclass(kind, aiohttp.ClientError)):
+            continue
+        if issubclass(kind, aiohttp.ClientConnectorCertificateError):
+            made.append(kind(key, ssl.CertificateError("secret")))
+        elif issubclass(kind, client_exceptions.UnixClientConnectorError):
+            made.append(kind("/run/secret", key, fatal))
+        elif issubclass(kind, aiohttp.ClientConnectorError):
+            made.append(kind(key, fatal))
+        elif issubclass(kind, aiohttp.ClientResponseError):
+            made.append(kind(info, (), message="secret"))
+        elif issubclass(kind, aiohttp.ServerFingerprintMismatch):
+            made.append(kind(b"secret", b"x", "host", 443))
+        elif issubclass(kind, aiohttp.InvalidURL):
+            made.append(kind(secret, "secret"))
+        else:
+            made.append(kind("secret"))
+    return made
+
+
+def test_there_are_many_kinds_of_client_errors() -> None:
+    assert len(every_client_error()) > 20
+
+
+@pytest.mark.parametrize("error", every_client_error(), ids=lambda error: type(error).__name__)
+def test_every_client_error_becomes_ours_and_tells_no_secret(error: aiohttp.ClientError) -> None:
+    ours = _explained(error, "https://api.example")
+    assert "https://api.example" in ours.message
+    assert "secret" not in ours.message
+    late = type(error) in (aiohttp.ServerTimeoutError, aiohttp.SocketTimeoutError)
+    assert isinstance(ours, UpstreamTimeout) == late
