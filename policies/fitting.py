@@ -1,6 +1,6 @@
 """From labels to an artefact: score, calibrator, thresholds with certificates, and how good they are.
 
-Certified: a quarter of the labels, drawn by a hash of their content, teaches the score and the order of the
+Certified: a fifth of the labels, drawn by a hash of their content, teaches the score and the order of the
 tests; the rest, which neither has seen, certifies and calibrates. Estimated: all labels do both, each
 scored by weights that were fitted without its fold. Labels of less than full trust (`weight` < 1) help to
 order and to calibrate; thresholds rest on the others alone.
@@ -19,9 +19,9 @@ Costs: Chow (1970), "On optimum recognition error and reject tradeoff".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from math import inf, sqrt
+from math import ceil, inf, sqrt
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -63,7 +63,7 @@ from policies.model import RiskTier
 from policies.signals import JUDGE
 
 #: In certified mode this share of the labels teaches score and order of the tests; the rest certifies.
-_TEACHING = 0.25
+_TEACHING = 0.2
 #: With fewer labels, or fewer of either kind, one signal alone is the score.
 _TOGETHER, _TOGETHER_OF_A_KIND = 150, 20
 _MOST_SIGNALS = 10
@@ -446,7 +446,11 @@ def _threshold(
     used = trusted & thinned([row.id for row in table.rows], inclusion)
     if not used.any():
         return Found(None, 0)
-    return certify(scores[used], table.labels[used], *guide, alpha=alpha, delta=delta)
+    found = certify(scores[used], table.labels[used], *guide, alpha=alpha, delta=delta)
+    if found.more_labels is None:
+        return found
+    asked_for = len(scores) / (1 - _TEACHING) / int(used.sum())
+    return replace(found, more_labels=ceil(found.more_labels * asked_for))
 
 
 def _cheapest(cost_error: float | None, cost_review: float | None) -> float | None:
