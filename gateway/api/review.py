@@ -56,7 +56,7 @@ async def queue(
 
 @router.get("/{task_id}", response_model=None)
 async def show(task_id: str, services: ServicesOf, caller: Reviewer) -> Response:
-    """One task with its evidence: the request, the response, the passages that may be corrected, the reasons."""
+    """One task with its evidence: the request, the response, the passages that may be corrected, its doubtful fields."""
     review = await services.reviews.get(task_id)
     decision = review.decision
     shown = {
@@ -67,6 +67,7 @@ async def show(task_id: str, services: ServicesOf, caller: Reviewer) -> Response
         "request": _content(decision.request),
         "response": _content(decision.response),
         "passages": _passages(decision),
+        "fields": _fields(decision),
     }
     return Response(orjson.dumps(shown), media_type="application/json")
 
@@ -107,6 +108,11 @@ async def submit(
 def _content(body: bytes | None) -> orjson.Fragment | None:
     """A body as it is: JSON it has been since it was recorded."""
     return None if body is None else orjson.Fragment(body)
+
+
+def _fields(decision: DecisionRecord) -> JSON:
+    evidence = decision.detail.get("evidence")
+    return evidence.get("fields", []) if isinstance(evidence, dict) else []
 
 
 def _passages(decision: DecisionRecord) -> list[JSON]:
