@@ -387,7 +387,7 @@ class TestPropose:
         fitted.labels(some_labels(4000, seed=4))
         assert fitted.fit("orders-0.json", "--alpha", "0.1").exit_code == 0
         TestApply().apply(fitted, "--yes", name="orders-0.json")
-        self.labels(fitted, n=300, seed=6)
+        self.labels(fitted, n=150, seed=6)
         result = self.propose(fitted, "--apply", "--alpha", "0.3")
         assert result.exit_code == 3
         assert "Not proposed: " in result.stderr
