@@ -409,7 +409,7 @@ class TestPropose:
         assert "90 labels since the last calibrator are too few" in self.propose(fitted).stderr
 
     def test_without_one_in_force_the_promise_must_be_named(self, desk: Desk) -> None:
-        desk.labels(some_labels(600, seed=1))
+        desk.labels(some_labels(600, seed=2))
         assert "say what is to be promised" in self.propose(desk).stderr
         result = self.propose(desk, "--alpha", "0.1")
         assert result.exit_code == 0, result.output
