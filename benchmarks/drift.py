@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from policies.monitoring import REFERENCE, DriftMonitor
+from policies.drift import REFERENCE, DriftMonitor
 
 RUNS = 40
 

@@ -9,25 +9,21 @@ the same write, with the alarm's outbox row.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
 
-import orjson
 import structlog
 
 from gateway.audits import artefact_of
 from gateway.errors import StoreError
+from gateway.memory import Finding, Memory, feeds
 from gateway.ports import Clock, LivePolicies, Store
 from gateway.quality import measured, numbers
-from gateway.records import Alarm, Label, LabelSource, Observed, Standing
+from gateway.records import Alarm, Standing
 from gateway.telemetry import Metrics
-from policies import Action, AuditLevel, Calibrator, Policy
-from policies.auditing import Switching
-from policies.monitoring import DriftMonitor, ErrorCusum, miscalibration
-from validators import JSON
+from policies import AuditLevel, Calibrator, Policy
+from policies.signals import JUDGE
 
 _log = structlog.get_logger()
 
@@ -39,7 +35,7 @@ _LAG = timedelta(seconds=2)
 #: Beyond this the monitors skip ahead: recent traffic is what counts.
 _BEHIND = timedelta(minutes=10)
 _A_TICK = 600
-_LABELS_AT_ONCE = 500
+_LABELS_A_TICK = 500
 
 #: Decisions are taken in so few at a time, with a pause, that no request waits for it longer than about a millisecond.
 _AT_ONCE = 20
@@ -47,133 +43,6 @@ _PAUSE_S = 0.02
 
 #: Another replica that wrote so recently is at work; this one leaves the policy to it.
 _LEASE = timedelta(seconds=3 * FLUSH_S)
-
-_MAX_SIGNALS = 8
-_CALIBRATION_WINDOW = 500
-_CALIBRATION_EVERY = 50
-
-#: What an error rate is held against where the policy names no target.
-_TARGET = 0.02
-
-
-class Finding(NamedTuple):
-    """What a monitor found: its kind, a sentence, and the figures."""
-
-    kind: str
-    message: str
-    evidence: dict[str, JSON]
-
-
-@dataclass(slots=True)
-class Memory:
-    """What the monitors of one policy remember.
-
-    `fitted` says what the distributions belong to: a version of the policy and an artefact. `signals` are those watched.
-    """
-
-    read_to: datetime
-    label_seq: int = 0
-    fitted: str = ""
-    signals: tuple[str, ...] | None = None
-    series: dict[str, DriftMonitor] = field(default_factory=dict)
-    switching: Switching = field(default_factory=Switching)
-    cusum: ErrorCusum = field(default_factory=lambda: ErrorCusum(_TARGET))
-    judged: deque[tuple[float, bool]] = field(
-        default_factory=lambda: deque(maxlen=_CALIBRATION_WINDOW)
-    )
-    judged_count: int = 0
-
-    def begin(self, fitted: str) -> None:
-        """Forget the distributions of another version of the policy, or another artefact."""
-        if self.fitted != fitted:
-            self.fitted, self.signals, self.series = fitted, None, {}
-            self.judged.clear()
-            self.judged_count = 0
-
-    def see(self, row: Observed, calibrator: Calibrator | None) -> Iterator[Finding]:
-        """Take in a decision, and give the drift that shows."""
-        self.read_to = row.at
-        if self.signals is None and row.values:
-            needed = calibrator.score.signals if calibrator else sorted(row.values)
-            extra = [name for name in needed if name not in ("confidence", "score")]
-            self.signals = ("confidence", "score", *extra[:_MAX_SIGNALS])
-        watched = self.signals or ()
-        for name in watched:
-            if name not in row.values:
-                continue
-            monitor = self.series.setdefault(name, DriftMonitor())
-            drift = monitor.add(row.values[name], series=len(watched))
-            if drift is not None:
-                message = (
-                    f"the distribution of {name} has changed: of the last {drift.window} decisions the median is "
-                    f"{drift.after:.3g}, it was {drift.before:.3g}"
-                )
-                yield Finding(f"drift.{name}", message, dict(drift._asdict()))
-
-    def hear(self, label: Label, target: float) -> Iterator[Finding]:
-        """Take in an audit, and give what it shows of errors and of calibration."""
-        self.label_seq = label.seq
-        if label.source is not LabelSource.AUDIT or label.task_id is None:
-            return
-        if label.intended is Action.RETURN:
-            before, self.switching = self.switching, self.switching.after(label.acceptable, target)
-            if before.level != self.switching.level == AuditLevel.STOP:
-                message = "audits have failed five times while tightened: every response waits for a person"
-                yield Finding(
-                    "audits", message, {"target": target, "lots_failed": before.failed + 1}
-                )
-            if self.cusum.target != target:
-                self.cusum = ErrorCusum(target)
-            share = (label.inclusion_floor or 1.0) / (label.inclusion or 1.0)
-            self.cusum = self.cusum.after(label.acceptable, min(share, 1.0))
-            if self.cusum.is_alarm:
-                message = f"audits find more errors among what is returned than the target of {target:.1%}"
-                yield Finding("errors", message, dict(asdict(self.cusum)))
-        if label.confidence is None:
-            return
-        self.judged.append((label.confidence, label.acceptable))
-        self.judged_count += 1
-        if self.judged_count % _CALIBRATION_EVERY == 0:
-            found = miscalibration(list(self.judged))
-            if found is not None:
-                message = (
-                    f"confidence is not what it says: {found.claimed:.3f} on average over {found.n} audits, of which "
-                    f"{found.found:.3f} were acceptable"
-                )
-                yield Finding("calibration", message, dict(found._asdict()))
-
-    def dumped(self) -> bytes:
-        """As JSON."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        values["series"] = {
-            name: {"reference": each.reference, "recent": list(each.recent), "seen": each.seen}
-            for name, each in self.series.items()
-        }
-        values |= {"switching": asdict(self.switching), "cusum": asdict(self.cusum)}
-        return orjson.dumps(values | {"judged": list(self.judged)})
-
-    @classmethod
-    def loaded(cls, data: bytes) -> Memory:
-        """What `dumped` wrote."""
-        values: dict[str, Any] = orjson.loads(data)
-        memory = cls(datetime.fromisoformat(values["read_to"]))
-        for name in ("label_seq", "fitted", "judged_count"):
-            setattr(memory, name, values[name])
-        memory.signals = None if values["signals"] is None else tuple(values["signals"])
-        for name, each in values["series"].items():
-            monitor = memory.series[name] = DriftMonitor(each["reference"], seen=each["seen"])
-            monitor.recent.extend((less, more) for less, more in each["recent"])
-        switching = values["switching"]
-        memory.switching = Switching(
-            **{
-                **switching,
-                "level": AuditLevel(switching["level"]),
-                "lots": tuple(switching["lots"]),
-            }
-        )
-        memory.cusum = ErrorCusum(**values["cusum"])
-        memory.judged.extend((confidence, bool(ok)) for confidence, ok in values["judged"])
-        return memory
 
 
 @dataclass(slots=True)
@@ -273,7 +142,7 @@ class Monitors:
         memory.begin(f"{policy.label} {artefact}")
         found = [
             *await self._decisions(policy, calibrator, watch),
-            *await self._labels(policy, watch),
+            *await self._labels(policy, calibrator, watch),
         ]
         if found:
             open_ = {(each.policy, each.kind) for each in await self._store.open_alarms()}
@@ -289,24 +158,37 @@ class Monitors:
         memory, until = watch.memory, self._clock.now() - _LAG
         found: dict[str, Finding] = {}
         for _ in range(_A_TICK // _AT_ONCE):
-            after = max(memory.read_to, until - _BEHIND)
+            after = max((memory.read_to, memory.read_id), (until - _BEHIND, ""))
             rows = await self._store.observed(policy.label, after, until, _AT_ONCE)
-            found |= {each.kind: each for row in rows for each in memory.see(row, calibrator)}
             watch.dirty = watch.dirty or bool(rows)
+            for name in memory.read(rows, policy, calibrator) if rows else ():
+                judge = name.removeprefix(JUDGE)
+                suspends = judge == name or feeds(policy, calibrator, judge)
+                finding = memory.see(name, rows, suspends=suspends)
+                found |= {finding.kind: finding} if finding else {}
+                # One number a turn of the event loop: several that look back at once would hold it up.
+                await asyncio.sleep(0)
             if len(rows) < _AT_ONCE:
-                memory.read_to = max(until, memory.read_to)
+                memory.read_to, memory.read_id = max((until, ""), (memory.read_to, memory.read_id))
                 break
             await asyncio.sleep(_PAUSE_S)
         return list(found.values())
 
-    async def _labels(self, policy: Policy, watch: _Watch) -> list[Finding]:
-        adaptive = policy.audit.adaptive
-        target = _TARGET if adaptive is None else adaptive.target
-        labels = await self._store.labels_after(
-            policy.policy, watch.memory.label_seq, _LABELS_AT_ONCE
-        )
-        found = {each.kind: each for row in labels for each in watch.memory.hear(row, target)}
-        watch.dirty = watch.dirty or bool(labels)
+    async def _labels(
+        self, policy: Policy, calibrator: Calibrator | None, watch: _Watch
+    ) -> list[Finding]:
+        memory = watch.memory
+        found: dict[str, Finding] = {}
+        for _ in range(_LABELS_A_TICK // _AT_ONCE):
+            labels = await self._store.labels_after(policy.policy, memory.label_seq, _AT_ONCE)
+            said = await self._store.said([each.decision_id for each in labels]) if labels else {}
+            for label in labels:
+                heard = memory.hear(label, said[label.decision_id], policy, calibrator)
+                found |= {each.kind: each for each in heard}
+            watch.dirty = watch.dirty or bool(labels)
+            if len(labels) < _AT_ONCE:
+                break
+            await asyncio.sleep(_PAUSE_S)
         return list(found.values())
 
     async def _write(
@@ -319,8 +201,9 @@ class Monitors:
         artefact = None if lift else standing.artefact
         if found:
             memory.switching = memory.switching.tightened()
-            if calibrator is not None and suspended is None:
-                suspended, artefact = found[0].message, artefact_of(calibrator)
+            why = next((each.message for each in found if each.suspends), None)
+            if calibrator is not None and suspended is None and why is not None:
+                suspended, artefact = why, artefact_of(calibrator)
         new = replace(
             standing,
             version=standing.version + 1,

@@ -21,6 +21,7 @@ from gateway.records import (
     NewTask,
     Observed,
     Resolution,
+    Said,
     Spend,
     Standing,
     Tally,
@@ -143,6 +144,9 @@ class Store(Protocol):
     async def labels_after(self, policy: str, seq: int, limit: int) -> Sequence[Label]:
         """The labels of a policy (its name) after the one with that number, oldest first."""
 
+    async def said(self, decision_ids: Sequence[str]) -> Mapping[str, Said]:
+        """What people and judges said of those of these decisions that there are, by id."""
+
     async def labels_since(self, at: datetime) -> Sequence[Label]:
         """The labels given since then, oldest first."""
 
@@ -159,9 +163,9 @@ class Store(Protocol):
         """How many answered decisions of each policy came to each action since then, from an index alone."""
 
     async def observed(
-        self, label: str, after: datetime, until: datetime, limit: int
+        self, label: str, after: tuple[datetime, str], until: datetime, limit: int
     ) -> Sequence[Observed]:
-        """The numbers of a policy's answered decisions after a time and before another, oldest first.
+        """The numbers of a policy's answered decisions before a time, in order of time and id, those after the given two.
 
         `label` is the policy's, with its digest.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from enum import StrEnum
@@ -285,6 +286,14 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class Said:
+    """What was said of a decision: its labels, oldest first, and by check id whether each judge passed it that came to a verdict."""
+
+    labels: tuple[Label, ...]
+    judges: Mapping[str, bool]
+
+
+@dataclass(frozen=True, slots=True)
 class Alarm:
     """Something that a monitor found about a policy; open until somebody, or a new artefact, clears it.
 
@@ -311,7 +320,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """The numbers of a decision that monitors look at, by their name: `confidence`, `score` and the signals it has."""
+    """The numbers of a decision that monitors look at, by their name: `confidence`, `score`, and the signals it has, those of judges too."""
 
     id: str
     at: datetime

@@ -219,6 +219,10 @@ class Metrics(Part):
     brier: Probability
 
 
+#: Stands, where shares of errors are said by tier or task, for all that are not named.
+OTHERS = "*"
+
+
 class Certificate(Part):
     """What was found for the responses of a tier, of a task or of all: see `policies.certification`.
 

@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from policies.calibration import (
+    OTHERS,
     Beta,
     CalibrationError,
     Calibrator,
@@ -113,7 +114,7 @@ def fit(  # noqa: PLR0913 -- one call does it all, and every argument is named
     *,
     name: str,
     created_at: datetime,
-    alpha: float,
+    alpha: float | Mapping[str, float],
     delta: float = 0.05,
     mode: Mode = "certified",
     per: Per = "all",
@@ -128,7 +129,8 @@ def fit(  # noqa: PLR0913 -- one call does it all, and every argument is named
 
     `alpha` and `delta` in (0, 1) are the share of errors to allow among what is returned on its own, and
     the chance to break that; `mode` says how that is meant (`policies.certification`), `per` whether
-    one threshold is for all or one for each tier or task, delta shared evenly. Labels of models that the
+    one threshold is for all or one for each tier or task, delta shared evenly; `alpha` may then be one for
+    each by its name, that of all others under OTHERS. Labels of models that the
     glob `model` does not match are left out; without it all must be of one. Only judges whose digest is
     in `judges` are signals. `recent` are signals of recent responses, to compare with. With both costs, in
     one currency, the artefact has the threshold of least cost.
@@ -137,18 +139,21 @@ def fit(  # noqa: PLR0913 -- one call does it all, and every argument is named
     ------
     CalibrationError
         If there are too few labels, or of one kind only, or of several models and `model` does not say
-        which; if no signal is of use, or alpha, delta or the costs are out of range.
+        which; if no signal is of use, or alpha, delta or the costs are out of range, or said of the wrong groups.
     """
-    if not 0.0 < alpha < 1.0 or not 0.0 < delta < 1.0:
+    alphas = alpha if isinstance(alpha, Mapping) else {OTHERS: alpha}
+    if not all(0.0 < each < 1.0 for each in (delta, *alphas.values())):
         raise CalibrationError(f"alpha ({alpha}) and delta ({delta}) must lie between 0 and 1")
     cheapest = _cheapest(cost_error, cost_review)
     digests = judges or {}
     table, remarks = cleaned(rows, model, digests)
     found = _scored(table, mode, remarks)
+    alpha = next(iter(alphas.values()))
     asked = Certificate(mode=mode, alpha=alpha, delta=delta, threshold=None, n=0)
-    certificates, autonomous = _certificates(found, asked, per, remarks)
+    certificates, autonomous = _certificates(found, asked, per, alphas, remarks)
     remarks += [*remarks_on(found.table), *drifted(found.table, found.score, recent)]
-    diagnostics = _diagnosed(found, rows, asked, autonomous, remarks)
+    offers = _offers(found, asked, alphas)
+    diagnostics = _diagnosed(found, rows, offers, autonomous, remarks)
     return Calibrator(
         format=1,
         name=name,
@@ -194,14 +199,32 @@ def _scored(table: Table, mode: Mode, remarks: list[str]) -> _Scored:
 
 
 def _certificates(
-    found: _Scored, asked: Certificate, per: Per, remarks: list[str]
+    found: _Scored,
+    asked: Certificate,
+    per: Per,
+    alphas: Mapping[str, float],
+    remarks: list[str],
 ) -> tuple[tuple[Certificate, ...], Bools]:
     """One for each group, and which labels are at or above the threshold of theirs."""
     groups = _groups(found.table, per, remarks)
+    names = [str(tier or task or OTHERS) for tier, task, _ in groups]
+    if per == "all" and (named := [each for each in alphas if each != OTHERS]):
+        raise CalibrationError(f"alpha is said of {named[0]}, but one threshold is for all")
+    if unsaid := [each for each in names if each not in alphas and OTHERS not in alphas]:
+        raise CalibrationError(
+            f"alpha is said of {', '.join(alphas)}, and not of {per} {unsaid[0]}"
+        )
+    if absent := [each for each in alphas if each not in (*names, OTHERS)]:
+        raise CalibrationError(f"alpha is said of {per} {absent[0]}, of which there is no label")
     certificates, autonomous = [], np.zeros(len(found.scores), dtype=bool)
-    for tier, task, members in groups:
+    for (tier, task, members), group in zip(groups, names, strict=True):
         own = asked.model_copy(
-            update={"tier": tier, "task": task, "delta": asked.delta / len(groups)}
+            update={
+                "tier": tier,
+                "task": task,
+                "alpha": alphas.get(group) or alphas[OTHERS],
+                "delta": asked.delta / len(groups),
+            }
         )
         certificate, above = _certificate(found, own, members)
         certificates.append(certificate)
@@ -212,7 +235,7 @@ def _certificates(
 def _diagnosed(
     found: _Scored,
     rows: Sequence[Labelled],
-    asked: Certificate,
+    offers: Sequence[Certificate],
     autonomous: Bools,
     remarks: list[str],
 ) -> Diagnostics:
@@ -221,11 +244,6 @@ def _diagnosed(
     best = max(found.uses, key=lambda use: abs(use.auroc - 0.5))
     sign = 1 if best.auroc >= 0.5 else -1
     single = sign * table.features[:, table.names.index(best.name)]
-    everything = np.ones(len(labels), dtype=bool)
-    offers = [
-        _certificate(found, asked.model_copy(update={"alpha": alpha}), everything)[0]
-        for alpha in sorted({asked.alpha, *_OFFERED})
-    ]
     return Diagnostics(
         n=found.n,
         errors=sum(not row.acceptable for row in rows),
@@ -240,6 +258,15 @@ def _diagnosed(
         slices=slices(table.rows, confidence, labels, weights, autonomous),
         mistakes=mistakes(table.rows, confidence, labels),
     )
+
+
+def _offers(found: _Scored, asked: Certificate, alphas: Mapping[str, float]) -> list[Certificate]:
+    """What other shares of errors would give, for all labels together."""
+    everything = np.ones(len(found.scores), dtype=bool)
+    return [
+        _certificate(found, asked.model_copy(update={"alpha": alpha}), everything)[0]
+        for alpha in sorted({*alphas.values(), *_OFFERED})
+    ]
 
 
 def examine(calibrator: Calibrator, rows: Sequence[Labelled]) -> Diagnostics:

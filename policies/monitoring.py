@@ -1,4 +1,4 @@
-"""Whether what was certified still holds: error escape, drift and calibration, each with a stated rate of false alarms.
+"""Whether what was certified still holds: error escape, calibration and agreement, each with a stated rate of false alarms.
 
 Plain Python, because it runs beside what answers requests. Every figure may be looked at as often as one likes: bounds hold at all
 times at once, and what is tested again and again pays for it in its threshold.
@@ -6,14 +6,16 @@ times at once, and what is tested again and again pays for it in its threshold.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import pairwise
 from math import erfc, exp, log, log1p, sqrt
 from typing import NamedTuple
+
+from policies.agreement import clopper_pearson
+
+#: The chance of a false alarm that each kind of monitor may have, over the horizon it states.
+ALPHA = 0.05
 
 #: Bettors of a confidence sequence: how much of the most that may be staked each of them stakes.
 _STAKES = tuple(0.01 * 99 ** (step / 23) for step in range(24))
@@ -187,171 +189,76 @@ _MOST_STAKED = 0.9
 _USUAL_OF = 200
 
 
-Rank = tuple[int, int]
-"""How many of a reference are less than a value, and how many are not more."""
+class Disagreement(NamedTuple):
+    """Two who judge the same responses differ more often than they did, or than they may.
 
-
-def kolmogorov_smirnov(ranks: Sequence[Rank], n: int) -> float:
-    """The greatest distance in [0, 1] of two distribution functions, from the sorted ranks of one sample in another of n.
-
-    Neither is empty. Values that are equal make it smaller, so that a test with it errs on the quiet side.
-
-    References
-    ----------
-    Smirnov (1939), "On the estimation of the discrepancy between empirical curves of distribution for two independent
-    samples".
-
-    Examples
-    --------
-    >>> reference = [0.1, 0.2, 0.3, 0.4]
-    >>> kolmogorov_smirnov([rank(reference, value) for value in (0.3, 0.4, 0.5, 0.6)], 4)
-    0.5
-    """
-    greatest, behind, m = 0.0, 0, len(ranks)
-    for at, (less, not_more) in enumerate(ranks, 1):
-        if at < m and ranks[at] == ranks[at - 1]:
-            continue
-        greatest = max(greatest, less / n - behind / m, at / m - not_more / n)
-        behind = at
-    return greatest
-
-
-def rank(reference: Sequence[float], value: float) -> Rank:
-    """The rank of a value in a sorted reference."""
-    return bisect_left(reference, value), bisect_right(reference, value)
-
-
-def critical_distance(n: int, m: int, p: float) -> float:
-    """The distance that two samples of n and m of one distribution exceed with a probability of about p at most.
-
-    References
-    ----------
-    Smirnov (1939): ``2 exp(-2 d**2 n m / (n + m))``, the first term of the limit, which is above it.
-    """
-    return sqrt(-log(p / 2) / 2 * (n + m) / (n * m))
-
-
-class Binned(NamedTuple):
-    """Two samples over bins of equal mass of the first: chi-squared with its degrees of freedom, and the stability index.
-
-    The population stability index is 0 for equal shares; by custom 0.1 is notable and 0.25 is much.
+    `n` pairs since the evidence began to gather, of which `differ`; in the reference it was `differed` of `reference`, the two numbers
+    0 while there is none. The share was held against `limit`, in (0, 1).
     """
 
-    statistic: float
-    degrees: int
-    stability: float
+    n: int
+    differ: int
+    reference: int
+    differed: int
+    limit: float
 
 
-def binned(ranks: Sequence[Rank], reference: Sequence[float], bins: int = 20) -> Binned:
-    """Compare a sample, by its sorted ranks, with a sorted reference, neither empty, over at most so many bins.
-
-    Shares in the index are counted with half a case more, so that an empty bin is no infinity.
-
-    References
-    ----------
-    Pearson (1900), for two samples. Yurdakul and Naranjo (2020), "Statistical properties of the population stability index".
-    """
-    n, m = len(reference), len(ranks)
-    cuts = sorted({bisect_right(reference, reference[n * k // bins]) for k in range(1, bins)} - {n})
-    found = [not_more for _, not_more in ranks]
-    statistic = stability = 0.0
-    old_ends, new_ends = [0, *cuts, n], [0, *(bisect_right(found, cut) for cut in cuts), m]
-    counts = [
-        (b - a, d - c)
-        for (a, b), (c, d) in zip(pairwise(old_ends), pairwise(new_ends), strict=True)
-    ]
-    for old, new in counts:
-        statistic += (m * old - n * new) ** 2 / (n * m * (old + new))
-        old_share, new_share = (
-            (old + 0.5) / (n + len(counts) / 2),
-            (new + 0.5) / (m + len(counts) / 2),
-        )
-        stability += (new_share - old_share) * log(new_share / old_share)
-    return Binned(statistic, len(cuts), stability)
-
-
-#: How many of the latest values are compared: few find great changes soon, many find small ones at all.
-WINDOWS = (100, 250, 500, 1000)
-REFERENCE = 1000
-HORIZON = 10_000
-ALPHA = 0.05
-_LOOKS_A_WINDOW = 4
-_TESTS = 2
-
-
-class Drift(NamedTuple):
-    """A distribution that has changed: the last `window` values against the reference.
-
-    `test` is `ks` or `chi2`, whichever found it, and `critical` what its figure would still have been let pass. `before` and
-    `after` are medians.
-    """
-
-    test: str
-    window: int
-    distance: float
-    chi2: float
-    critical: float
-    stability: float
-    before: float
-    after: float
+#: So many pairs say how often two differ, before they are held to it.
+REFERENCE_PAIRS = 200
+_HOPELESS = 0.99
 
 
 @dataclass(slots=True)
-class DriftMonitor:
-    """Whether a stream of numbers still has the distribution that its first REFERENCE values had.
+class AgreementMonitor:
+    """Whether two who judge the same responses still differ no more often than at first, and than `most`, if that is given.
 
-    The last 100, 250, 500 and 1000 values are compared with the reference, four times while a window fills anew: by
-    Kolmogorov's and Smirnov's distance, which sees what moves, and by chi-squared over up to 20 bins (at least ten expected in
-    each), which sees what changes its shape. `series` is how many monitors share one promise: if nothing changes, one of
-    them gives an alarm within HORIZON values with a probability of at most ALPHA (Bonferroni over series, windows, tests
-    and looks, so in truth less: they overlap).
+    The first REFERENCE_PAIRS say how often they do: at most `error_escape(...).high`, or the end of the exact interval where all
+    were drawn alike, but for a chance of `alpha` / 2. What comes later is held against that, or against `most` if it is less, by an `ErrorCusum` with the other half: if the share does not change and is not above
+    `most`, an alarm in the first 2000 pairs has a probability of at most `alpha`. `counts` has reviews and
+    differences of the reference by `share`, as `Audited`. Who differ nearly always can get no worse: then there is no alarm.
     """
 
-    reference: list[float] = field(default_factory=list)
-    recent: deque[Rank] = field(default_factory=lambda: deque(maxlen=WINDOWS[-1]))
-    seen: int = 0
+    alpha: float
+    most: float | None = None
+    counts: dict[float, tuple[int, int]] = field(default_factory=dict)
+    cusum: ErrorCusum | None = None
+    n: int = 0
+    differ: int = 0
 
-    def add(self, value: float, series: int = 1) -> Drift | None:
-        """Take in one more value, and give the drift that shows; None if none does, or it is not yet time to look."""
-        if len(self.reference) < REFERENCE:
-            self.reference.append(value)
-            if len(self.reference) == REFERENCE:
-                self.reference.sort()
-            return None
-        self.recent.append(rank(self.reference, value))
-        self.seen += 1
-        due = (
-            window
-            for window in WINDOWS
-            if self.seen >= window and self.seen % (window // _LOOKS_A_WINDOW) == 0
-        )
-        looks = (self._look(window, series) for window in due)
-        return next((found for found in looks if found is not None), None)
+    def add(self, *, differ: bool, share: float = 1.0) -> Disagreement | None:
+        """Take in one more pair, and give the evidence if it is enough; `share` in (0, 1] is that of `Audited`."""
+        if self.cusum is None and self.most is not None:
+            self.cusum = self._held_to(self.most)
+        pairs, differed = self._reference()
+        if pairs < REFERENCE_PAIRS:
+            n, k = self.counts.get(share, (0, 0))
+            self.counts[share] = n + 1, k + differ
+        if self.cusum is None or self.cusum.evidence <= 0.0:
+            self.n = self.differ = 0
+        if self.cusum is not None:
+            self.cusum = self.cusum.after(not differ, share)
+            self.n, self.differ = self.n + 1, self.differ + differ
+        is_alarm = self.cusum is not None and self.cusum.is_alarm
+        limit = 1.0 if self.cusum is None else self.cusum.target
+        if pairs == REFERENCE_PAIRS - 1:
+            self._learn()
+        return Disagreement(self.n, self.differ, pairs, differed, limit) if is_alarm else None
 
-    def _look(self, window: int, series: int) -> Drift | None:
-        looks = HORIZON * _LOOKS_A_WINDOW / window
-        p = ALPHA / (series * len(WINDOWS) * _TESTS * looks)
-        ranks = sorted(list(self.recent)[-window:])
-        distance = kolmogorov_smirnov(ranks, REFERENCE)
-        bins = binned(ranks, self.reference, min(20, window // 10))
-        test, critical = "ks", critical_distance(REFERENCE, window, p)
-        if distance <= critical:
-            if not bins.degrees:
-                return None
-            test, critical = "chi2", chi_squared_quantile(bins.degrees, p)
-            if bins.statistic <= critical:
-                return None
-        middle = min(ranks[window // 2][0], REFERENCE - 1)
-        return Drift(
-            test,
-            window,
-            distance,
-            bins.statistic,
-            critical,
-            bins.stability,
-            self.reference[REFERENCE // 2],
-            self.reference[middle],
-        )
+    def _reference(self) -> tuple[int, int]:
+        return sum(n for n, _ in self.counts.values()), sum(k for _, k in self.counts.values())
+
+    def _learn(self) -> None:
+        rows = [Audited(share, n, k) for share, (n, k) in self.counts.items()]
+        high = error_escape(rows, 1.0 - self.alpha).high
+        if len(rows) == 1 and (
+            exact := clopper_pearson(rows[0].errors, rows[0].reviewed, 1.0 - self.alpha)
+        ):
+            high = exact.high
+        if self.most is None or high < self.most:
+            self.cusum = self._held_to(high) if high < _HOPELESS else None
+
+    def _held_to(self, target: float) -> ErrorCusum:
+        return ErrorCusum(target, alpha=self.alpha / 2)
 
 
 class Miscalibration(NamedTuple):

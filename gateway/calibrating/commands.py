@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
@@ -18,7 +19,8 @@ from gateway.records import DecisionRecord
 from gateway.settings import Settings
 from gateway.store import open_store
 from gateway.terminal import ConfigOption, config_path, err, fail, settings_at
-from policies import Action, CalibrationError, PolicyError
+from policies import Action, CalibrationError, PolicyError, RiskTier
+from policies.calibration import OTHERS
 
 calibrate = typer.Typer(
     no_args_is_help=True,
@@ -34,6 +36,10 @@ ReviewsOption = Annotated[
 PolicyOption = Annotated[str, typer.Option(help="the policy it is for")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="the artefact, called after its file")]
 _Share = {"min": 0.0001, "max": 0.5}
+_NAMED_SHARE = "a share between 0.0001 and 0.5, or one for each tier or task: low=0.1,high=0.02, or 0.05,critical=0.01"
+AlphaOption = Annotated[
+    str, typer.Option(help=f"errors allowed among what is returned on its own: {_NAMED_SHARE}")
+]
 DeltaOption = Annotated[float, typer.Option(help="how likely the promise may be broken", **_Share)]
 
 
@@ -43,9 +49,7 @@ def fit(
     out: OutOption,
     labels: LabelsOption = None,
     from_reviews: ReviewsOption = False,
-    alpha: Annotated[
-        float, typer.Option(help="errors allowed among what is returned on its own", **_Share)
-    ] = 0.02,
+    alpha: AlphaOption = "0.02",
     delta: DeltaOption = 0.05,
     mode: Annotated[
         Literal["certified", "estimated"], typer.Option(help="proven, or bolder and not proven")
@@ -70,7 +74,7 @@ def fit(
     """
     work = _work()
     settings = _settings(config)
-    target = work.Target(alpha, delta, mode, per, model, cost_error, cost_review)
+    target = work.Target(_alpha(alpha, per), delta, mode, per, model, cost_error, cost_review)
     with work.told():
         status = work.fit(settings, policy, labels, target, out, from_reviews=from_reviews)
     raise typer.Exit(status)
@@ -101,7 +105,7 @@ def propose(
     labels: LabelsOption = None,
     from_reviews: ReviewsOption = False,
     alpha: Annotated[
-        float | None, typer.Option(help="default: as the certificate in force", **_Share)
+        str | None, typer.Option(help=f"default: as the certificate in force; {_NAMED_SHARE}")
     ] = None,
     delta: DeltaOption = 0.05,
     mode: Annotated[Literal["certified", "estimated"], typer.Option()] = "certified",
@@ -117,7 +121,7 @@ def propose(
     work = _work()
     settings = _settings(config)
     with work.told():
-        target = work.Target(alpha, delta, mode) if alpha is not None else None
+        target = None if alpha is None else work.Target(_alpha(alpha), delta, mode)
         status = work.propose(settings, policy, labels, target, out, from_reviews=from_reviews)
     if status == work.OK and do_apply:
         apply(out, policy, yes=True, config=config)
@@ -166,6 +170,32 @@ def rollback(
         fail(str(error))
     terminal.out.print(diff, markup=False, highlight=False, soft_wrap=True)
     terminal.out.print(f"Policy {policy} is as it was before.", markup=False)
+
+
+def _alpha(said: str, per: str | None = None) -> float | dict[str, float]:
+    """The share of errors allowed, or one for each tier or task; ends the command if it is neither.
+
+    `per` says of which there is a threshold each, None if that is not known.
+    """
+    found: dict[str, float] = {}
+    for part in said.split(","):
+        name, is_named, value = part.strip().rpartition("=")
+        try:
+            share = float(value)
+        except ValueError:
+            share = nan
+        if not _Share["min"] <= share <= _Share["max"]:
+            fail(f"--alpha {said}: {value!r} is not {_NAMED_SHARE}")
+        if name in found or (not is_named and OTHERS in found) or (is_named and not name):
+            fail(f"--alpha {said}: say each tier or task once")
+        found[name if is_named else OTHERS] = share
+    named = [each for each in found if each != OTHERS]
+    if named and per == "all":
+        fail(f"--alpha {said}: for a share of its own for {named[0]}, say --per tier or --per task")
+    unknown = [each for each in named if per == "tier" and each not in list(RiskTier)]
+    if unknown:
+        fail(f"--alpha {said}: there is no tier {unknown[0]!r}; there are {', '.join(RiskTier)}")
+    return found if named else found[OTHERS]
 
 
 def _settings(config: Path | None) -> Settings:

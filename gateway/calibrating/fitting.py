@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +18,7 @@ from gateway.app import SystemClock
 from gateway.calibrating import applying
 from gateway.calibrating.applying import ChangeError, write_whole
 from gateway.calibrating.labels import read_labelled, reviewed
-from gateway.calibrating.report import html_report, promise, summary
+from gateway.calibrating.report import group_of, html_report, promise, summary
 from gateway.errors import GatewayError
 from gateway.labels import LabelError
 from gateway.settings import Settings
@@ -32,7 +32,7 @@ from policies import (
     RiskTier,
     load_calibrator,
 )
-from policies.calibration import certificate_for
+from policies.calibration import Certificate, certificate_for
 from policies.columns import LEAST
 from policies.diagnostics import Diagnostics
 from policies.fitting import Mode, Per, examine
@@ -54,9 +54,9 @@ _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is to be promised of the responses that are returned on their own."""
+    """What is to be promised of the responses that are returned on their own; `alpha` as `policies.fitting.fit` takes it."""
 
-    alpha: float
+    alpha: float | Mapping[str, float]
     delta: float
     mode: Mode = "certified"
     per: Per = "all"
@@ -253,13 +253,25 @@ def report(
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two calibrators on labels that neither has seen: mean log loss, and errors among what the new one returns."""
+    """Two calibrators on labels that neither has seen: mean log loss, and what the new one returns of them.
+
+    `kept` has, by certificate, how many it would return and how many of them are errors.
+    """
 
     n: int
     loss_old: float | None
     loss_new: float
-    returned: int
-    errors: int
+    kept: Mapping[Certificate, tuple[int, int]]
+
+    @property
+    def returned(self) -> int:
+        """How many the new one would return."""
+        return sum(returned for returned, _ in self.kept.values())
+
+    @property
+    def errors(self) -> int:
+        """How many of these are errors."""
+        return sum(errors for _, errors in self.kept.values())
 
     def refusal(self, calibrator: Calibrator) -> str | None:
         """Why the new one is not to take the place of the old one; None if it is."""
@@ -270,12 +282,12 @@ class Comparison:
                 f"it is no better: log loss {self.loss_new:.4f} on {self.n} labels held out, "
                 f"that in force {self.loss_old:.4f}"
             )
-        alpha = max((each.alpha for each in calibrator.certificates), default=1.0)
-        if self.returned and self.errors / self.returned > alpha:
-            return (
-                f"its certificate does not hold: {self.errors} errors among the {self.returned} held-out "
-                f"labels that it would return, promised are {alpha:.3g}"
-            )
+        for each, (returned, errors) in self.kept.items():
+            if errors > each.alpha * returned:
+                return (
+                    f"its certificate ({group_of(each)}) does not hold: {errors} errors among the {returned} held-out "
+                    f"labels that it would return, promised are {each.alpha:.3g}"
+                )
         return None
 
 
@@ -291,7 +303,7 @@ def propose(
     """Fit a calibrator to the labels given since the one in force was fitted, and say whether it is better.
 
     Two thirds of the labels, by a hash of their ids, fit it; on the others it must have the lower log loss and keep its promise.
-    Without a target it is that of the certificate in force. The exit status: 0 if it is to be taken, 3 if not.
+    Without a target it is that of the certificate in force, with one for each tier or task if that has. The exit status: 0 if it is to be taken, 3 if not.
     """
     loaded = applying.in_force(settings)
     wanted = applying.policy_named(loaded, policy)
@@ -305,7 +317,7 @@ def propose(
             f"{len(found.rows)} labels since the last calibrator are too few: {len(held_out)} would be held out, "
             f"needed are {LEAST}"
         )
-    goal = target or _target_of(current)
+    goal = _target_of(current) if target is None else replace(target, per=_per_of(current))
     calibrator, diagnostics = _fitted(wanted, found, fit_to, goal, path)
     _written(path, calibrator)
     compared = _compared(wanted, current, calibrator, held_out)
@@ -332,10 +344,18 @@ def _target_of(current: Calibrator | None) -> Target:
         raise ChangeError(
             "no certificate is in force: say what is to be promised, --alpha and --delta"
         )
-    first = current.certificates[0]
-    per: Per = "tier" if first.tier else "task" if first.task else "all"
+    first, per = current.certificates[0], _per_of(current)
     delta = sum(each.delta for each in current.certificates)
-    return Target(first.alpha, delta, first.mode, per, current.model)
+    alphas = {str(each.tier or each.task): each.alpha for each in current.certificates}
+    alpha = first.alpha if len(set(alphas.values())) == 1 else alphas
+    return Target(alpha, delta, first.mode, per, current.model)
+
+
+def _per_of(current: Calibrator | None) -> Per:
+    if current is None or not current.certificates:
+        return "all"
+    first = current.certificates[0]
+    return "tier" if first.tier else "task" if first.task else "all"
 
 
 def _draw(row: Labelled) -> float:
@@ -347,7 +367,11 @@ def _compared(
     policy: Policy, current: Calibrator | None, new: Calibrator, held_out: Sequence[Labelled]
 ) -> Comparison:
     usable = [row for row in held_out if new.lacks(row.signals) is None]
-    returned = [row for row in usable if _is_returned(new, row)]
+    kept: dict[Certificate, tuple[int, int]] = {}
+    for row in usable:
+        if (certificate := _returning(new, row)) is not None:
+            returned, errors = kept.get(certificate, (0, 0))
+            kept[certificate] = returned + 1, errors + (not row.acceptable)
     applies = current is not None and not any(
         current.fits(row.model, policy.checks_digest, policy.judge_digests)
         or current.lacks(row.signals)
@@ -357,17 +381,18 @@ def _compared(
         n=len(usable),
         loss_old=_loss(current, usable) if current is not None and applies else None,
         loss_new=_loss(new, usable),
-        returned=len(returned),
-        errors=sum(not row.acceptable for row in returned),
+        kept=kept,
     )
 
 
-def _is_returned(calibrator: Calibrator, row: Labelled) -> bool:
+def _returning(calibrator: Calibrator, row: Labelled) -> Certificate | None:
+    """The certificate by which a response is returned on its own; None if it is not."""
     certificates = calibrator.certified_for(row.task)
     first = certificate_for(certificates, row.tier or RiskTier.MEDIUM)
     if first is None or first.threshold is None:
-        return False
-    return calibrator.confidence(row.signals, row.check_scores) >= first.threshold
+        return None
+    confidence = calibrator.confidence(row.signals, row.check_scores)
+    return first if confidence >= first.threshold else None
 
 
 def _loss(calibrator: Calibrator, rows: Sequence[Labelled]) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, Select, Table, exists, insert, select, update
+from sqlalchemy import Connection, Dialect, Select, Table, exists, insert, or_, select, update
 
 from gateway.errors import Conflict, NotFound
 from gateway.records import ApiKey, DecisionRecord, Observed
@@ -32,6 +32,8 @@ from gateway.store.schema import (
     reviews,
     tasks,
 )
+from policies.signals import JUDGE
+from validators import Outcome
 
 _KEPT = select(*(column for column in decisions.c if not column.name.startswith("redacted_")))
 
@@ -111,17 +113,18 @@ def with_ids(connection: Connection, decision_ids: Sequence[str]) -> dict[str, D
 
 
 def observed(
-    connection: Connection, label: str, after: datetime, until: datetime, limit: int
+    connection: Connection, label: str, after: tuple[datetime, str], until: datetime, limit: int
 ) -> list[Observed]:
-    """The numbers of a policy's answered decisions after a time and before another, oldest first."""
-    columns = decisions.c
+    """The numbers of a policy's answered decisions before a time, oldest first, those after a time and id."""
+    columns, (at, id_) = decisions.c, after
     query = select(columns.id, columns.created_at, columns.detail).where(
         columns.policy == label,
-        columns.created_at > micros(after),
+        columns.created_at >= micros(at),
+        or_(columns.created_at > micros(at), columns.id > id_),
         columns.created_at < micros(until),
         columns.status.between(200, 299),
     )
-    rows = connection.execute(query.order_by(columns.created_at).limit(limit))
+    rows = connection.execute(query.order_by(columns.created_at, columns.id).limit(limit))
     return [
         Observed(row.id, moment(row.created_at), _numbers(unpack_json(row.detail))) for row in rows
     ]
@@ -131,7 +134,28 @@ def _numbers(detail: Mapping[str, Any]) -> dict[str, float]:
     decision, evidence = detail.get("decision") or {}, detail.get("evidence") or {}
     values = {name: decision.get(name) for name in ("confidence", "score")}
     values |= evidence.get("signals") or {}
+    values |= {JUDGE + name: each["score"] for name, each in _judged(evidence)}
     return {name: float(each) for name, each in values.items() if isinstance(each, int | float)}
+
+
+def _judged(evidence: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The results of judges that came to a verdict, by check id."""
+    results: Mapping[str, Any] = evidence.get("results") or {}
+    for name, each in results.items():
+        if each.get("opinion") and each.get("outcome") != Outcome.ERROR:
+            yield name, each
+
+
+def verdicts(connection: Connection, decision_ids: Sequence[str]) -> dict[str, dict[str, bool]]:
+    """By decision, which of its judges passed it (true) and which did not, by check id."""
+    query = select(decisions.c.id, decisions.c.detail).where(decisions.c.id.in_(decision_ids))
+    return {
+        row.id: {
+            name: each["outcome"] == Outcome.PASS
+            for name, each in _judged(unpack_json(row.detail).get("evidence") or {})
+        }
+        for row in connection.execute(query)
+    }
 
 
 def recent(connection: Connection, policy: str, limit: int) -> list[DecisionRecord]:

@@ -11,8 +11,8 @@ from sqlalchemy import insert as sql_insert
 
 from gateway.errors import NotFound
 from gateway.labels import by_decision, latest, reduced
-from gateway.records import DecisionRecord, Label, LabelledDecision, LabelSource, NewLabel
-from gateway.store.decisions import log, with_ids
+from gateway.records import DecisionRecord, Label, LabelledDecision, LabelSource, NewLabel, Said
+from gateway.store.decisions import log, verdicts, with_ids
 from gateway.store.rows import audit_row, label_record, micros, text
 from gateway.store.schema import decisions, labels, tasks
 from validators import JSON
@@ -108,6 +108,15 @@ def after(connection: Connection, policy: str, seq: int, limit: int) -> list[Lab
     query = select(labels).where(labels.c.policy == policy, labels.c.seq > seq)
     rows = connection.execute(query.order_by(labels.c.seq).limit(limit)).mappings()
     return [label_record(row) for row in rows]
+
+
+def said(connection: Connection, decision_ids: Sequence[str]) -> dict[str, Said]:
+    """What people and judges said of these decisions."""
+    given = by_decision(_of(connection, decision_ids))
+    passed: dict[str, dict[str, bool]] = {}
+    for some in _chunks(decision_ids):
+        passed |= verdicts(connection, some)
+    return {each: Said(tuple(given.get(each, ())), passed[each]) for each in passed}
 
 
 def since(connection: Connection, at: datetime) -> list[Label]:

@@ -29,6 +29,7 @@ from gateway.records import (
     NewTask,
     Observed,
     Resolution,
+    Said,
     Spend,
     Standing,
     Tally,
@@ -267,6 +268,10 @@ class SqlStore:
             partial(labelling.after, policy=policy, seq=seq, limit=limit)
         )
 
+    async def said(self, decision_ids: Sequence[str]) -> Mapping[str, Said]:
+        """What people and judges said of these decisions, by id."""
+        return await self._engine.read(partial(labelling.said, decision_ids=decision_ids))
+
     async def labels_since(self, at: datetime) -> Sequence[Label]:
         """The labels given since then, oldest first."""
         return await self._engine.read(partial(labelling.since, at=at))
@@ -284,9 +289,9 @@ class SqlStore:
         return await self._engine.read(partial(economics.tallies, at=since))
 
     async def observed(
-        self, label: str, after: datetime, until: datetime, limit: int
+        self, label: str, after: tuple[datetime, str], until: datetime, limit: int
     ) -> Sequence[Observed]:
-        """The numbers of a policy's answered decisions after a time and before another, oldest first."""
+        """The numbers of a policy's answered decisions before a time, oldest first, those after a time and id."""
         operation = partial(decisions.observed, label=label, after=after, until=until, limit=limit)
         return await self._engine.read(operation)
 

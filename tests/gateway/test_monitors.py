@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 
 from gateway.audits import Audits, artefact_of
 from gateway.errors import StoreError
-from gateway.monitors import FLUSH_S, Memory, Monitors, resumed
+from gateway.memory import Finding, Memory
+from gateway.monitors import FLUSH_S, Monitors, resumed
 from gateway.recording import new_id
-from gateway.records import Standing, TaskKind, Verdict
+from gateway.records import LabelSource, NewLabel, NewTask, Observed, Standing, TaskKind, Verdict
 from gateway.store import SqlStore
 from gateway.store.engines import Engine
 from gateway.store.schema import outbox
@@ -25,6 +27,7 @@ from policies.calibration import Knot
 from tests.fakes import FakeClock, Says
 from tests.gateway.rig import Fixed, Rig, a_call, a_policy, broken, says
 from tests.gateway.stores import a_decision, a_resolution, a_task, engine_of, rows
+from validators import JSON
 
 ADAPTIVE = {"rate": 0.1, "adaptive": {"min": 0.05, "max": 0.3}}
 POLICY = a_policy(
@@ -36,6 +39,7 @@ CALIBRATOR = load_calibrator(
     "score": {"kind": "signal", "name": "mean_logprob"}, "calibrator": {"kind": "platt", "a": -1, "b": 0}}""",
     file="demo.json",
 )
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
 REFITTED = CALIBRATOR.model_copy(update={"created_at": CALIBRATOR.created_at + timedelta(days=1)})
 
 
@@ -71,23 +75,44 @@ class World:
         for _ in range(ticks):
             await self.tick()
 
-    async def audit(self, wrong: Any, confidence: float = 0.98) -> None:
-        """Record audited decisions and resolve their tasks."""
-        for bad in wrong:
-            decision = a_decision(
-                created_at=self.clock.now(),
-                policy=self.policy.label,
-                action=Action.RETURN,
-                intended=Action.RETURN,
-                inclusion=0.3,
-                inclusion_floor=0.3,
-                confidence=confidence,
-            )
-            task = a_task(kind=TaskKind.AUDIT, inclusion=0.3, due_at=None)
-            await self.store.record(decision, task)
-            verdict = Verdict.REJECT if bad else Verdict.APPROVE
-            await self.store.resolve(a_resolution(task.id, verdict=verdict, at=self.clock.now()))
+    async def audit(self, wrong: Any, confidence: float = 0.98, second: Any = ()) -> None:
+        """Record audited decisions and resolve their tasks; somebody else judges the first of them as well."""
+        audited = {
+            "action": Action.RETURN,
+            "intended": Action.RETURN,
+            "inclusion": 0.3,
+            "inclusion_floor": 0.3,
+            "confidence": confidence,
+        }
+        ids = await self.review(wrong, a_task(kind=TaskKind.AUDIT, inclusion=0.3), **audited)
+        review, now = LabelSource.REVIEW, self.clock.now()
+        pairs = zip(ids, second, strict=False)
+        said = [NewLabel(id_, now, review, "bob", acceptable=not bad) for id_, bad in pairs]
+        await self.store.label(said)
         await self.tick()
+
+    async def judge(self, wrong: Any, *, passed: bool) -> None:
+        """Record held decisions that a judge passed or not, resolve their tasks, and look."""
+        said: dict[str, JSON] = {
+            "outcome": "pass" if passed else "fail",
+            "score": 0.9,
+            "opinion": {"parts": []},
+        }
+        detail: dict[str, JSON] = {"evidence": {"results": {"same": said}}}
+        await self.review(wrong, a_task(), intended=Action.HOLD, inclusion=1.0, detail=detail)
+        await self.tick()
+
+    async def review(self, wrong: Any, task: NewTask, **decision: Any) -> list[str]:
+        """Record decisions with such a task each, and resolve these; the ids."""
+        ids = []
+        for bad in wrong:
+            made = a_decision(created_at=self.clock.now(), policy=self.policy.label, **decision)
+            own = replace(task, id=f"hgt_{made.id}", due_at=None)
+            await self.store.record(made, own)
+            verdict = Verdict.REJECT if bad else Verdict.APPROVE
+            await self.store.resolve(a_resolution(own.id, verdict=verdict, at=self.clock.now()))
+            ids.append(made.id)
+        return ids
 
     async def tick(self) -> None:
         self.clock.advance(3)
@@ -257,6 +282,94 @@ async def test_confidence_that_is_too_high_raises_an_alarm_of_its_own(world: Wor
     draw = np.random.default_rng(8)
     await world.audit(draw.random(250) < 0.08, confidence=0.999)
     assert "calibration" in await world.kinds()
+
+
+def with_judge(on_fail: str) -> Policy:
+    check = {"id": "same", "use": "consistency", "compare": "normal_form", "on_fail": on_fail}
+    confidence = {"source": "logprob", "calibrator": "demo", "when_uncalibrated": "hold"}
+    return a_policy(check, confidence=confidence, audit={"rate": 0.3})
+
+
+@pytest.mark.parametrize(
+    ("on_fail", "suspends"), [("hold", False), ("score", True)], ids=["apart", "feeding the score"]
+)
+@pytest.mark.parametrize("passed", [True, False], ids=["lax", "strict"])
+async def test_a_judge_that_people_contradict_raises_an_alarm_and_suspends_what_rests_on_it(
+    sqlite_store: SqlStore, on_fail: str, suspends: bool, passed: bool
+) -> None:
+    world = World(sqlite_store, with_judge(on_fail))
+    await world.judge([not passed] * 205, passed=passed)
+    assert await world.kinds() == []
+    await world.judge([passed] * 20, passed=passed)
+    (alarm,) = await world.store.open_alarms()
+    assert alarm.kind == f"judge.same.{'lax' if passed else 'strict'}"
+    assert alarm.evidence.items() >= {"judge": "same", "reference": 200, "differed": 0}.items()
+    assert "judge same and people do not agree as they did" in alarm.message
+    assert "at first it was 0 of 200" in alarm.message
+    assert world.audits.level("test") is AuditLevel.TIGHTENED
+    assert (world.audits.suspended("test", CALIBRATOR) is not None) is suspends
+
+
+async def test_reviewers_who_differ_raise_an_alarm_and_the_calibrator_is_still_believed(
+    world: World,
+) -> None:
+    await world.audit([False] * 40, second=[False] * 40)
+    assert await world.kinds() == []
+    await world.audit([False] * 40, second=[True, False] * 20)
+    (alarm,) = await world.store.open_alarms()
+    assert alarm.kind == "reviewers"
+    assert alarm.evidence["limit"] == 0.15
+    assert "labels of this time are not to be relied on" in alarm.message
+    assert world.audits.level("test") is AuditLevel.TIGHTENED
+    assert world.audits.suspended("test", CALIBRATOR) is None
+
+
+async def test_one_reviewer_alone_is_no_disagreement_whatever_they_say_later(world: World) -> None:
+    await world.audit([False] * 40)
+    for label in await world.store.labels_after("test", 0, 100):
+        again = NewLabel(
+            label.decision_id, world.clock.now(), label.source, "ann", acceptable=False
+        )
+        await world.store.label([again])
+    await world.tick()
+    assert await world.kinds() == []
+
+
+def drift_of(name: str, *, suspends: bool) -> Finding | None:
+    draw, memory = np.random.default_rng(9), Memory(NOW)
+    values = [*draw.beta(8, 1, 1100), *draw.beta(3, 1, 200)]
+    rows = [Observed(f"hgd_{n}", NOW, {name: value}) for n, value in enumerate(values)]
+    assert memory.read(rows, with_judge("hold"), None) == ("confidence", "score", "judge.same")
+    return memory.see(name, rows, suspends=suspends)
+
+
+def test_what_a_judge_scores_is_watched_like_any_other_number() -> None:
+    found = drift_of("judge.same", suspends=False)
+    assert found is not None
+    assert (found.kind, found.suspends) == ("drift.judge.same", False)
+
+
+async def test_what_is_remembered_of_judges_and_people_is_read_as_it_was_written(
+    sqlite_store: SqlStore,
+) -> None:
+    world = World(sqlite_store, with_judge("hold"))
+    await world.judge([False] * 30, passed=True)
+    await world.audit([False] * 8, second=[True, False] * 4)
+    await world.monitors.close()
+    standing = await world.store.standing("test")
+    assert standing is not None
+    assert standing.memory is not None
+    memory = Memory.loaded(standing.memory)
+    assert memory.judges["judge.same.lax"].counts == {1.0: (30, 0)}
+    assert memory.people.counts == {1.0: (8, 4)}
+    assert Memory.loaded(memory.dumped()) == memory
+
+
+def test_what_an_earlier_version_remembered_is_read() -> None:
+    values = orjson.loads(Memory(NOW).dumped())
+    for name in ("read_id", "judges", "people"):
+        del values[name]
+    assert Memory.loaded(orjson.dumps(values)) == Memory(NOW)
 
 
 async def test_the_inclusion_recorded_is_the_one_drawn_with(sqlite_store: SqlStore) -> None:

@@ -270,19 +270,57 @@ async def test_monitors_are_given_every_decision_once_in_order(store: SqlStore) 
     await store.record(a_decision(created_at=later(2), status=500))
     await store.record(a_decision(created_at=later(2), policy="other@1"))
     found: list[Observed] = []
-    after = later(-1)
+    after = (later(-1), "")
     while page := await store.observed("refunds@1", after, later(3), 4):
         found += page
-        after = page[-1].at
+        after = (page[-1].at, page[-1].id)
     assert [each.id for each in found] == [each.id for each in made[:9]]
     assert found[0].values == {"confidence": 0.9, "mean_logprob": -0.1, "n_tokens": 3.0}
+
+
+async def test_decisions_of_one_moment_are_given_once_each_however_pages_part_them(
+    store: SqlStore,
+) -> None:
+    made = sorted(a_decision().id for _ in range(9))
+    for id_ in reversed(made):
+        await store.record(a_decision(id=id_))
+    found: list[str] = []
+    after = (NOW, "")
+    while page := await store.observed("refunds@1", after, later(1), 4):
+        found += [each.id for each in page]
+        after = (page[-1].at, page[-1].id)
+    assert found == made
+
+
+async def test_what_judges_said_is_given_with_the_labels_unless_they_could_not_tell(
+    store: SqlStore,
+) -> None:
+    def result(outcome: str, score: float | None, opinion: dict[str, str] | None) -> dict[str, Any]:
+        return {"outcome": outcome, "score": score, "opinion": opinion}
+
+    results = {
+        "good": result("pass", 0.9, {"method": "logprob"}),
+        "bad": result("fail", 0.2, {"method": "logprob"}),
+        "down": result("error", None, {"method": "logprob"}),
+        "shape": result("fail", 0.0, None),
+    }
+    id_ = await an_answer(store, detail={"evidence": {"results": results}})
+    await store.label([a_label(id_), a_label(id_, labeller="bob")])
+    other = await an_answer(store)
+    said = await store.said([id_, other, "hgd_unknown"])
+    assert said[id_].judges == {"good": True, "bad": False}
+    assert [each.labeller for each in said[id_].labels] == ["app", "bob"]
+    assert said.keys() == {id_, other}
+    assert (said[other].labels, said[other].judges) == ((), {})
+    (first, _) = await store.observed("refunds@1", (NOW, ""), later(1), 10)
+    assert first.values == {"judge.good": 0.9, "judge.bad": 0.2}
 
 
 async def test_monitors_read_no_more_than_what_is_new(store: SqlStore, engine: Engine) -> None:
     await populate(store)
     await engine.write(lambda connection: connection.execute(text("ANALYZE")))
     operation = partial(
-        decisions.observed, label="refunds@1", after=later(2900), until=later(3000), limit=500
+        decisions.observed, label="refunds@1", after=(later(2900), ""), until=later(3000), limit=500
     )
     plan = await plans(engine, operation)
     assert "ix_decisions_economics" in plan

@@ -162,6 +162,8 @@ REFUSED: dict[str, tuple[Callable[[], list[Labelled]], dict[str, Any], str]] = {
     "no signal": (lambda: answers(50, signals={}), {}, "no signal is of use"),
     "half a cost": (lambda: answers(400), {"cost_error": 1.0}, "go together"),
     "alpha": (lambda: answers(400), {"alpha": 0.0}, "must lie between 0 and 1"),
+    "alphas": (lambda: answers(400), {"alpha": {"*": 0.1, "x": 1.0}}, "must lie between 0 and 1"),
+    "alpha of nothing": (lambda: answers(400), {"alpha": {"low": 0.1}}, "one threshold is for all"),
 }
 
 

@@ -12,19 +12,24 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, chi2_contingency, ks_2samp
 
 from policies.auditing import Spread
-from policies.monitoring import (
+from policies.drift import (
     HORIZON,
     REFERENCE,
-    Audited,
     DriftMonitor,
+    binned,
+    kolmogorov_smirnov,
+    rank,
+)
+from policies.monitoring import (
+    ALPHA,
+    REFERENCE_PAIRS,
+    AgreementMonitor,
+    Audited,
     ErrorCusum,
     agreement,
-    binned,
     chi_squared_quantile,
     error_escape,
-    kolmogorov_smirnov,
     miscalibration,
-    rank,
 )
 
 values = st.lists(st.integers(0, 9).map(float) | st.floats(0, 1), min_size=2, max_size=60)
@@ -251,3 +256,67 @@ class TestCalibration:
 def test_agreement_counts_pairs(answers: list[list[bool]]) -> None:
     pairs = [(a, b) for each in answers for a, b in combinations(each, 2)]
     assert agreement(answers) == (sum(a == b for a, b in pairs), len(pairs))
+
+
+def alarm_after(
+    differ: np.ndarray, shares: np.ndarray | None = None, most: float | None = None
+) -> int | None:
+    """After how many pairs there is an alarm, None if there is none."""
+    monitor = AgreementMonitor(ALPHA, most)
+    weights = np.ones(len(differ)) if shares is None else shares
+    for at, (one, share) in enumerate(zip(differ.tolist(), weights.tolist(), strict=True), 1):
+        if monitor.add(differ=one, share=share) is not None:
+            return at
+    return None
+
+
+class TestAgreement:
+    @pytest.mark.parametrize("truth", [0.0, 0.03, 0.3, 0.97, 1.0])
+    def test_who_differ_as_often_as_before_raise_no_alarm(self, truth: float) -> None:
+        draw, runs = np.random.default_rng(11), 60
+        alarms = [alarm_after(draw.random(2200) < truth) for _ in range(runs)]
+        assert sum(each is not None for each in alarms) <= ALPHA * runs
+
+    def test_reviewers_who_differ_as_often_as_they_may_raise_none_either(self) -> None:
+        draw, runs = np.random.default_rng(12), 60
+        alarms = [alarm_after(draw.random(2200) < 0.15, most=0.15) for _ in range(runs)]
+        assert sum(each is not None for each in alarms) <= ALPHA * runs
+
+    def test_audits_that_become_rarer_are_no_change_of_the_judge(self) -> None:
+        draw, runs, alarms, naive = np.random.default_rng(13), 40, 0, 0
+        for _ in range(runs):
+            is_hard = draw.random(30_000) < 0.2
+            wrong = draw.random(30_000) < np.where(is_hard, 0.5, 0.02)
+            floor = np.where(np.arange(30_000) < 1500, 0.3, 0.05)
+            inclusion = np.where(is_hard, 1.0, floor)
+            seen = np.flatnonzero(draw.random(30_000) < inclusion)[:2200]
+            alarms += alarm_after(wrong[seen], (floor / inclusion)[seen]) is not None
+            naive += alarm_after(wrong[seen]) is not None
+        assert alarms <= ALPHA * runs
+        assert naive > 4 * ALPHA * runs
+
+    @pytest.mark.parametrize(
+        ("before", "after", "within", "most"),
+        [(0.02, 0.2, 400, None), (0.1, 0.5, 100, None), (0.05, 0.3, 250, 0.15)],
+    )
+    def test_who_come_to_differ_are_found_out(
+        self, before: float, after: float, within: int, most: float | None
+    ) -> None:
+        draw, found = np.random.default_rng(14), []
+        for _ in range(40):
+            differ = draw.random(400 + within) < np.repeat([before, after], [400, within])
+            found.append(alarm_after(differ, most=most))
+        assert sum(each is not None and each > 400 for each in found) >= 38
+
+    def test_too_little_agreement_is_found_before_there_is_a_reference(self) -> None:
+        found = alarm_after(np.random.default_rng(15).random(REFERENCE_PAIRS) < 0.5, most=0.15)
+        assert found is not None
+
+    def test_the_evidence_says_what_is_and_what_was(self) -> None:
+        monitor = AgreementMonitor(ALPHA)
+        for at in range(REFERENCE_PAIRS + 60):
+            assert monitor.add(differ=at % 50 == 0) is None
+        found = next(found for _ in range(60) if (found := monitor.add(differ=True)))
+        assert (found.reference, found.differed) == (REFERENCE_PAIRS, 4)
+        assert 10 <= found.differ <= found.n <= 30
+        assert 0.02 < found.limit < 0.06

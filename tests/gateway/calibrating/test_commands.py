@@ -13,9 +13,11 @@ import orjson
 import pytest
 
 from gateway import terminal
+from gateway.calibrating.fitting import Comparison
 from gateway.records import Verdict
 from gateway.store import open_store
 from policies import Calibrator, RiskTier, load_calibrator
+from policies.calibration import Certificate
 from tests.gateway.calibrating.desk import POLICY, Desk, some_labels
 from tests.gateway.evaluation.test_commands import HOSTILE, Page
 from tests.gateway.stores import a_decision, a_resolution, a_task, put
@@ -86,6 +88,39 @@ class TestFit:
         assert desk.fit("orders-1.json", "--alpha", "0.1", "--per", "tier").exit_code == 0
         tiers = {each.tier for each in artefact(desk).certificates}
         assert tiers == {RiskTier.LOW, RiskTier.HIGH}
+
+    def test_a_tier_may_have_a_share_of_errors_of_its_own(self, desk: Desk) -> None:
+        low = some_labels(600, seed=1, prefix="l", tier="low")
+        high = some_labels(600, seed=2, prefix="h", tier="high")
+        desk.labels([*low, *high])
+        desk.fit("orders-1.json", "--alpha", "0.05, low=0.2", "--per", "tier")
+        alphas = {each.tier: each.alpha for each in artefact(desk).certificates}
+        assert alphas == {RiskTier.LOW: 0.2, RiskTier.HIGH: 0.05}
+
+    @pytest.mark.parametrize(
+        ("alpha", "per", "says"),
+        [
+            ("low", "tier", "'low' is not a share"),
+            ("low=0.9", "tier", "'0.9' is not a share"),
+            ("low=nan", "tier", "'nan' is not a share"),
+            ("0.1,0.2", "tier", "say each tier or task once"),
+            ("low=0.1,low=0.2", "tier", "say each tier or task once"),
+            ("=0.1", "tier", "say each tier or task once"),
+            ("low=0.1", "all", "say --per tier or --per task"),
+            ("lwo=0.1", "tier", "no tier 'lwo'; there are low, medium, high, critical"),
+            ("low=0.1", "tier", "alpha is said of low, and not of tier medium"),
+            ("0.1,low=0.2", "tier", "alpha is said of tier low, of which there is no label"),
+            ("refunds=0.1", "task", "alpha is said of refunds, and not of task orders"),
+        ],
+    )
+    def test_a_share_that_cannot_be_is_told(
+        self, desk: Desk, alpha: str, per: str, says: str
+    ) -> None:
+        desk.labels(some_labels(200, seed=1))
+        result = desk.fit("orders-1.json", "--alpha", alpha, "--per", per)
+        assert result.exit_code == 1
+        assert says in " ".join(result.stderr.split())
+        assert not (desk.folder / "orders-1.json").exists()
 
     @pytest.mark.parametrize(
         ("arguments", "says"),
@@ -311,6 +346,34 @@ class TestPropose:
         assert "Proposed: log loss" in result.stdout
         assert artefact(fitted, "orders-2.json").certificates[0].alpha == 0.1
         assert "calibrator: orders-2" in fitted.policy.read_text()
+
+    def test_each_tier_keeps_its_promise_and_its_share(self, desk: Desk) -> None:
+        low: dict[str, Any] = {"prefix": "l", "tier": "low"}
+        high: dict[str, Any] = {"prefix": "h", "tier": "high"}
+        desk.labels(some_labels(600, seed=1, **low) + some_labels(600, seed=2, **high))
+        alphas = ("--per", "tier", "--alpha", "low=0.3,high=0.2")
+        assert desk.fit("orders-1.json", *alphas).exit_code == 0
+        assert TestApply().apply(desk, "--yes").exit_code == 0
+
+        later: dict[str, Any] = {"at": "2999-01-01T00:00:00Z", "chance": lambda p: p**3}
+        new = [some_labels(900, 3, **later, **low), some_labels(900, 4, **later, **high)]
+        desk.labels([row for rows in new for row in rows])
+        result = self.propose(desk)
+        assert result.exit_code == 0, result.output
+        certificates = artefact(desk, "orders-2.json").certificates
+        assert {each.tier: each.alpha for each in certificates} == {"low": 0.3, "high": 0.2}
+        assert "Proposed: log loss" in result.stdout
+
+    def test_a_promise_that_one_tier_breaks_is_not_hidden_by_another(self, fitted: Desk) -> None:
+        calibrator = artefact(fitted)
+        given: dict[str, Any] = {"mode": "certified", "delta": 0.025, "threshold": 0.9, "n": 600}
+        low = Certificate(alpha=0.1, tier=RiskTier.LOW, **given)
+        high = Certificate(alpha=0.02, tier=RiskTier.HIGH, **given)
+        kept = {low: (300, 3), high: (100, 3)}
+        why = Comparison(400, 0.5, 0.4, kept).refusal(calibrator)
+        assert why is not None
+        assert "certificate (high) does not hold: 3 errors among the 100" in why
+        assert Comparison(400, 0.5, 0.4, kept | {high: (100, 2)}).refusal(calibrator) is None
 
     def test_one_that_is_no_better_is_not(self, fitted: Desk) -> None:
         fitted.labels(some_labels(4000, seed=4))
