@@ -13,9 +13,13 @@ with a share s of slips a promise of alpha holds for the errors that labellers s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.labelled import Labelled
 from policies.measures import Bools, Floats
 
 #: The share of labels that are slips, as far as anybody can tell beforehand.
@@ -27,9 +31,34 @@ _DOUBT = 1 / 3
 #: So large a share of the labels is suspect at most.
 MOST = 0.05
 
+_NAMED = 5
 
-def suspects(confidence: Floats, labels: Bools, settled: Bools) -> NDArray[np.intp]:
-    """The labels to ask somebody else about, the most contradictory first.
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A label that somebody else should look at, and the confidence that a map has in its response which was fitted without it."""
+
+    id: str
+    acceptable: bool
+    confidence: float
+
+
+def suspected(rows: Sequence[Labelled], confidence: Floats) -> tuple[Suspect, ...]:
+    """The suspect ones of labelled responses, the most contradictory first; `confidence` as `doubtful` takes it.
+
+    Labels of less than full trust are none: no threshold rests on them.
+    """
+    trusted = [at for at, row in enumerate(rows) if row.weight == 1.0]
+    labels = np.array([rows[at].acceptable for at in trusted], dtype=bool)
+    settled = np.array([rows[at].settled for at in trusted], dtype=bool)
+    return tuple(
+        Suspect(rows[trusted[i]].id, rows[trusted[i]].acceptable, float(confidence[trusted[i]]))
+        for i in doubtful(confidence[trusted], labels, settled)
+    )
+
+
+def doubtful(confidence: Floats, labels: Bools, settled: Bools) -> NDArray[np.intp]:
+    """Which labels to ask somebody else about, the most contradictory first.
 
     Parameters
     ----------
@@ -44,18 +73,30 @@ def suspects(confidence: Floats, labels: Bools, settled: Bools) -> NDArray[np.in
 
     Notes
     -----
-    A label that is given with probability q at its confidence, slips included, is a slip with probability of about
-    SLIPS / q, for a response that would have been labelled otherwise is mislabelled with probability SLIPS. It is
-    suspect if that is a third or more: if q is 0.03 or less. Were no label a slip, no more than 3 % would be suspect
-    by chance, and each of them confirmed.
+    Suppose the labeller slips with probability SLIPS. A label that is given with probability q at its confidence, slips
+    included, is then a slip with a probability of about SLIPS / q. It is suspect if that is a third or more: if q is 0.03
+    or less. So of labels without any slip no more than 3 % are suspect on average, and all of those are confirmed.
 
     Examples
     --------
-    >>> confidence, nobody = np.array([0.99, 0.99, 0.6, 0.01] * 10), np.zeros(40, dtype=bool)
-    >>> suspects(confidence, np.array([True] * 37 + [False, False, True]), nobody).tolist()
-    [39, 37]
+    >>> confidence, nobody = np.array([0.99, 0.98, 0.6, 0.01] * 10), np.zeros(40, dtype=bool)
+    >>> doubtful(confidence, np.array([True, True, True, False] * 9 + [False] * 4), nobody).tolist()
+    [36, 37]
     """
     given = np.where(labels, confidence, 1.0 - confidence)
     doubted = np.flatnonzero((given <= SLIPS / _DOUBT) & ~settled)
     worst = doubted[np.argsort(given[doubted], kind="stable")]
     return np.asarray(worst[: int(np.ceil(MOST * len(labels)))])
+
+
+def told(suspects: Sequence[Suspect]) -> list[str]:
+    """What there is to say of them, as remarks on the labels."""
+    if not suspects:
+        return []
+    named = ", ".join(each.id for each in suspects[:_NAMED])
+    more = f" and {len(suspects) - _NAMED} more" if suspects[_NAMED:] else ""
+    errors = sum(not each.acceptable for each in suspects)
+    return [
+        f"{len(suspects)} labels contradict all the others where they stand, {errors} of them as errors ({named}{more}): about "
+        "one in three such is a slip of whoever gave it; until two people agree, each counts as it is"
+    ]
