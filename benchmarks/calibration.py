@@ -26,8 +26,8 @@ from policies.calibration import Calibrator
 from policies.fitting import Mode, fit
 from policies.labelled import Labelled
 from policies.measures import Bools, Floats, aurc, auroc, ece
-from policies.signals import feature, token_signals
-from validators import TokenLogprob, TopLogprob
+from policies.signals import Signals, feature, signals
+from validators import Choice, Exchange, Passage, TokenLogprob, TopLogprob
 
 LABELS, SPLITS = 1_000, 20
 ALPHAS, DELTA = (0.02, 0.05, 0.10), 0.05
@@ -84,30 +84,40 @@ def sets(folder: Path) -> Iterator[tuple[str, list[Labelled]]]:
 
 def labelled(said: dict[str, Any]) -> Labelled:
     features = said.get("features", {})
-    signals = dict(token_signals(list(tokens(said))).values) if "tokens" in said else {}
+    known = dict(signals_of(said).values) if "tokens" in said else {}
     for name, value in features.items():
         if value is None:
             continue
         if name in LOGPROBS:
-            signals[LOGPROBS[name]] = log(max(value, 1e-40))
+            known[LOGPROBS[name]] = log(max(value, 1e-40))
         elif name in JUDGES:
-            signals[f"judge.{JUDGES[name]}"] = min(max(float(value), 0.0), 1.0)
+            known[f"judge.{JUDGES[name]}"] = min(max(float(value), 0.0), 1.0)
         elif name == "p_true_logprob":
-            signals["judge.p_true"] = exp(min(value, 0.0))
+            known["judge.p_true"] = exp(min(value, 0.0))
         elif name == "cluster_entropy":
-            signals["mean_entropy"] = value
+            known["mean_entropy"] = value
         elif name == "n_tokens":
-            signals["n_tokens"] = float(value)
-    return Labelled(said["id"], bool(said["correct"]), signals, model=said["model"])
+            known["n_tokens"] = float(value)
+    return Labelled(said["id"], bool(said["correct"]), known, model=said["model"])
+
+
+def signals_of(said: dict[str, Any]) -> Signals:
+    text = Passage("choices[0].message.content", said["response"])
+    choice = Choice("choices[0]", (text,), logprobs=list(tokens(said)))
+    return signals(Exchange("chat", {}, (choice,)))
 
 
 def tokens(said: dict[str, Any]) -> Iterator[TokenLogprob]:
-    """Tokens as a provider sends them; where the file lists no others, what is left goes to one other."""
+    """Tokens as a provider sends them; where the file lists no others, what is left goes to one other.
+
+    A token that the file knows by its number only (`#198`) has no text.
+    """
     for each in said["tokens"]:
         tops = [logprob for _, logprob in each.get("top") or ()] or [each["logprob"]]
         if len(tops) < 2:
             tops.append(log(max(1.0 - exp(min(tops[0], 0.0)), 1e-7)))
-        yield TokenLogprob(each["logprob"], top_logprobs=[TopLogprob(top) for top in tops])
+        text = "" if each["token"].startswith("#") else each["token"]
+        yield TokenLogprob(each["logprob"], text, [TopLogprob(top) for top in tops])
 
 
 # --------------------------------------------------------------------------------------------------------- measuring

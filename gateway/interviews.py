@@ -376,7 +376,7 @@ class _Unanswered(Exception):
     @classmethod
     def by_status(cls, model: str, status: int, body: bytes) -> _Unanswered:
         """An error that the provider answered with."""
-        code = _code(body)
+        code = error_code(body)
         message = f"the provider of {model} answered {status}{f' ({code})' if code else ''}"
         about = status in _ABOUT_THE_QUESTION
         return cls(Cause.PROVIDER, message, is_about_the_question=about)
@@ -393,8 +393,8 @@ def _read(model: str, answer: bytes) -> _Completion:
     return completion
 
 
-def _code(body: bytes) -> str | None:
-    """The provider's word for its error, if it is a word."""
+def error_code(body: bytes) -> str | None:
+    """The provider's word for its error, in the body that it answered with, if it is a word."""
     try:
         said: Any = orjson.loads(body)["error"]
         code = said.get("code") or said.get("type")

@@ -23,11 +23,14 @@ from policies import (
     Zone,
     assess,
     decide,
+    field_signals,
     next_step,
     run_validators,
     start,
 )
 from validators import CheckResult, Choice, Exchange
+
+_REVIEWED = frozenset({Action.FLAG, Action.HOLD})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,10 @@ class Assessor:
         )
         if decision.regenerate:
             self._jury.abandon(bill)
-        return Judgement(decision, step.evidence, bill.effort(rules_ms))
+        evidence = step.evidence
+        if decision.audit or decision.action in _REVIEWED:
+            evidence = replace(evidence, fields=field_signals(exchange))
+        return Judgement(decision, evidence, bill.effort(rules_ms))
 
     async def _heard(
         self,

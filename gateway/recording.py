@@ -153,7 +153,7 @@ def _decision(
     content = outcome.match.policy.content
     detail = to_json(decision, outcome.judgement.evidence, content=content != "digest")
     if content == "redacted":
-        _mask_rationales(detail)
+        _mask_quotes(detail)
     detail["match"] = outcome.match.reason
     if outcome.note:
         detail["note"] = outcome.note
@@ -201,9 +201,15 @@ def _decision(
     )
 
 
-def _mask_rationales(detail: dict[str, JSON]) -> None:
-    """Mask what judges say in their own words: they may quote what they judge."""
+def _mask_quotes(detail: dict[str, JSON]) -> None:
+    """Mask what may quote the response: the keys that fields are called by, and what judges say in their own words."""
     evidence: Any = detail["evidence"]
+    fields = evidence["fields"]
+    paths = masked(orjson.dumps([field["path"] for field in fields])) if fields else None
+    evidence["fields"] = [
+        field | {"path": path}
+        for field, path in zip(fields, orjson.loads(paths or b"[]"), strict=False)
+    ]
     for result in evidence["results"].values():
         if opinion := result["opinion"]:
             words = masked(orjson.dumps(opinion["rationale"]))

@@ -19,6 +19,7 @@ from policies.loading import json_schema, load_policies, load_policy
 from policies.match import Facts, Match, PolicySet
 from policies.model import Action, Band, Mode, Policy, RiskTier, Stage, StreamMode, parse_duration_s
 from policies.risk import RiskAssessment, assess
+from policies.signals import FieldSignal, field_signals
 from policies.source import PolicyError, Problem
 from policies.streaming import effective_stream
 from policies.thresholds import band
@@ -34,6 +35,7 @@ __all__ = [
     "Evidence",
     "ExpressionError",
     "Facts",
+    "FieldSignal",
     "Match",
     "MissingValue",
     "Mode",
@@ -56,6 +58,7 @@ __all__ = [
     "decide",
     "effective_stream",
     "estimate",
+    "field_signals",
     "is_calibrator",
     "json_schema",
     "load_calibrator",

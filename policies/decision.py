@@ -174,12 +174,13 @@ def settled_by(stages: Iterable[Stage], results: Mapping[str, CheckResult]) -> s
 def to_json(decision: Decision, evidence: Evidence, *, content: bool = False) -> dict[str, JSON]:
     """The decision and its evidence as plain JSON values; a number that is not finite is null.
 
-    The rationales of judges, which may quote the response, only with `content`.
+    What quotes the response only with `content`: the rationales of judges, and fields by their keys.
     """
-    if not content and any(each.opinion for each in evidence.results.values()):
+    if not content and (evidence.fields or any(each.opinion for each in evidence.results.values())):
         evidence = replace(
             evidence,
             results={name: _without_rationale(each) for name, each in evidence.results.items()},
+            fields=(),
         )
     record = {"decision": decision, "evidence": evidence}
     return cast("dict[str, JSON]", orjson.loads(orjson.dumps(record)))

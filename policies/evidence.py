@@ -8,7 +8,7 @@ from typing import Literal
 
 from policies.calibration import Calibrator, Certificate
 from policies.model import Action, Policy
-from policies.signals import JUDGE, score
+from policies.signals import JUDGE, FieldSignal, score
 from validators import CheckResult
 
 
@@ -32,7 +32,8 @@ class Evidence:
     `signals` maps signal name to value (empty when the response carries no usable logprobs;
     `signals_absent` then says why: one of `policies.signals.Absence`). `ran` are the stages run, in
     order; `skipped` those passed over, with the reason; `notes` say of stages that ran why, where
-    their condition could not be decided.
+    their condition could not be decided. `fields` are the values of a JSON answer that are least
+    likely, for whoever reviews it: nothing is decided by them.
     """
 
     results: Mapping[str, CheckResult] = field(default_factory=dict)
@@ -41,6 +42,7 @@ class Evidence:
     ran: tuple[str, ...] = ()
     skipped: tuple[Reason, ...] = ()
     notes: tuple[Reason, ...] = ()
+    fields: tuple[FieldSignal, ...] = ()
 
     def after(self, stage: str, results: Mapping[str, CheckResult]) -> Evidence:
         """Evidence with the results of one more stage."""

@@ -27,11 +27,15 @@ class TopLogprob(msgspec.Struct, gc=False):
 
 
 class TokenLogprob(msgspec.Struct, gc=False):
-    """A generated token and its natural-log probability (<= 0; None where the provider sent null)."""
+    """A generated token and its natural-log probability (<= 0; None where the provider sent null).
+
+    `utf8` is the JSON of what it wrote, byte by byte (`bytes` in the API document), for where the text cannot say it.
+    """
 
     logprob: float | None
     token: str = ""
     top_logprobs: list[TopLogprob] | None = None
+    utf8: msgspec.Raw = msgspec.field(default=msgspec.Raw(b"null"), name="bytes")
 
 
 class Malformed(Exception):

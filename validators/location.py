@@ -10,6 +10,13 @@ import orjson
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[{}\[\],:]|[^\s{}\[\],:"]++', re.DOTALL)
 
+#: Of valid JSON, past the key if it has one, a string, another scalar, or the beginning of an object or array.
+_VALUE = re.compile(
+    r'(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"\s*+:\s*+)?+'
+    r'(?:"([^"\\]*+(?:\\.[^"\\]*+)*+)"|([^\s{}\[\],:"]++)|[{\[])',
+    re.DOTALL,
+)
+
 #: Texts longer than this are not searched; a finding in them names the passage only.
 MAX_TEXT_CHARS = 1 << 18
 
@@ -71,6 +78,37 @@ def value_spans(
             if all(step == container.member for step, container in zip(path, around, strict=True)):
                 spans[path] = start, end
     return spans
+
+
+def scalar_spans(text: str) -> list[tuple[int, int]]:
+    """The spans of the strings, numbers, booleans and nulls of valid JSON in order, keys left out; of strings without the quotes.
+
+    An empty string keeps its quotes, so that no span is empty. A text longer than `MAX_TEXT_CHARS` gives no spans.
+
+    Examples
+    --------
+    >>> text = '{"sku": "GA6", "qty": 4}'
+    >>> [text[slice(*span)] for span in scalar_spans(text)]
+    ['GA6', '4']
+    """
+    if len(text) > MAX_TEXT_CHARS:
+        return []
+    found = [match.span(match.lastindex) for match in _VALUE.finditer(text) if match.lastindex]
+    return [(a, b) if a < b else (a - 1, b + 1) for a, b in found]
+
+
+def scalars(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The pointer and the span of every scalar of valid JSON, in order, spans as in `scalar_spans`.
+
+    An object or array with nothing in it has none. A key that is repeated gives its pointer again.
+    """
+    for start, end, around, is_key in _walk(text):
+        if not is_key and text[start] not in "{[":
+            yield pointer([container.member for container in around]), _inside(text, start, end)
+
+
+def _inside(text: str, start: int, end: int) -> tuple[int, int]:
+    return (start + 1, end - 1) if text[start] == '"' and end - start > 2 else (start, end)
 
 
 def places(text: str, spans: Sequence[tuple[int, int]]) -> list[Place | None]:

@@ -118,7 +118,7 @@ class JsonSchema(Validator):
         if self.target == "answer":
             yield _Document(whole, offset, schema)
             return
-        blocks = list(_blocks(text))
+        blocks = fenced(text) or _embedded(text)
         if not blocks:
             rule = "truncated" if choice.finish_reason in TRUNCATED else "missing"
             yield Finding(whole.path, "there is no JSON in the text", rule=rule)
@@ -259,8 +259,8 @@ def _malformed(passage: Passage, reason: str, choice: Choice) -> Finding:
     return Finding(passage.path, f"is not JSON: {reason}{hint}", rule="malformed")
 
 
-def _blocks(text: str) -> list[tuple[int, int]]:
-    """Spans of the fenced blocks of JSON, else of the largest JSON object or array in the text, else nothing."""
+def fenced(text: str) -> list[tuple[int, int]]:
+    """The spans of what stands in fenced blocks that are marked as JSON or begin like it, at most 32; it may be malformed."""
     fences = []
     for fence in _FENCE.finditer(text):
         label, body = fence[1].lower(), fence[2].lstrip()
@@ -268,7 +268,7 @@ def _blocks(text: str) -> list[tuple[int, int]]:
             fences.append(fence.span(2))
         if len(fences) == _MAX_BLOCKS:
             break
-    return fences or _embedded(text)
+    return fences
 
 
 def _embedded(text: str) -> list[tuple[int, int]]:

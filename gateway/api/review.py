@@ -56,20 +56,21 @@ async def queue(
 
 @router.get("/{task_id}", response_model=None)
 async def show(task_id: str, services: ServicesOf, caller: Reviewer) -> Response:
-    """One task with its evidence: the request, the response, the passages that may be corrected, the reasons.
+    """One task with its evidence: the request, the response, the passages that may be corrected, its doubtful fields.
 
-    A second opinion is blind: there are neither reasons nor confidence.
+    A second opinion is blind: there are neither reasons nor confidence, of the whole or of a field.
     """
     review = await services.reviews.get(task_id)
-    decision = review.decision
+    decision, is_blind = review.decision, review.task.kind is TaskKind.SECOND_OPINION
     shown = {
         **task_json(review.task),
-        "decision": None if review.task.kind is TaskKind.SECOND_OPINION else decision.detail,
+        "decision": None if is_blind else decision.detail,
         "endpoint": decision.endpoint,
         "model": decision.model,
         "request": _content(decision.request),
         "response": _content(decision.response),
         "passages": _passages(decision),
+        "fields": [] if is_blind else _fields(decision),
     }
     return Response(orjson.dumps(shown), media_type="application/json")
 
@@ -110,6 +111,11 @@ async def submit(
 def _content(body: bytes | None) -> orjson.Fragment | None:
     """A body as it is: JSON it has been since it was recorded."""
     return None if body is None else orjson.Fragment(body)
+
+
+def _fields(decision: DecisionRecord) -> JSON:
+    evidence = decision.detail.get("evidence")
+    return evidence.get("fields", []) if isinstance(evidence, dict) else []
 
 
 def _passages(decision: DecisionRecord) -> list[JSON]:

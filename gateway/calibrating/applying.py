@@ -35,6 +35,7 @@ from policies import (
     load_policies,
     staleness,
 )
+from policies.signals import ALWAYS, JUDGE
 from policies.source import Source
 
 _EVIDENCE = TypeAdapter(Evidence)
@@ -165,13 +166,15 @@ def _file_of(settings: Settings, name: str) -> tuple[Path, str]:
 def replayed(change: Change, recorded: Sequence[DecisionRecord]) -> tuple[Moves, int]:
     """What enforce mode would have done with recorded responses, before and after; and how many cannot be told.
 
-    The pure core decides again on the recorded evidence. Those cannot be told that got no answer, or were recorded under other
-    checks than the policy has.
+    The pure core decides again on the recorded evidence. Those cannot be told that got no answer, were recorded under other
+    checks than the policy has, or by an earlier version that did not compute a signal which the artefact needs.
     """
     moves: Moves = Counter()
     for record in recorded:
         evidence = _evidence(record)
         if evidence is None or not _is_whole(change.before.policy, evidence):
+            continue
+        if _predates(change.after.calibrator, evidence):
             continue
         moves[
             _action(change.before, record, evidence), _action(change.after, record, evidence)
@@ -221,6 +224,15 @@ def _is_whole(policy: Policy, evidence: Evidence) -> bool:
         for stage in policy.stages
         if f"stage:{stage.name}" not in passed_over
         for check in stage.checks
+    )
+
+
+def _predates(calibrator: Calibrator | None, evidence: Evidence) -> bool:
+    known = evidence.signals.keys()
+    if calibrator is None or not known or known >= ALWAYS:
+        return False
+    return any(
+        not each.startswith(JUDGE) and each not in known for each in calibrator.score.signals
     )
 
 

@@ -243,7 +243,7 @@ def _show(change: applying.Change, recorded: Sequence[DecisionRecord]) -> None:
     terminal.out.print(table)
     if untold:
         terminal.out.print(
-            f"{untold} more cannot be told: they got no answer, or were checked otherwise.",
+            f"{untold} more cannot be told: they got no answer, were checked otherwise, or lack a signal that is new.",
             soft_wrap=True,
         )
 

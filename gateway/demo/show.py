@@ -152,7 +152,7 @@ def _next_steps(url: str, results: list[Result]) -> str:
     held = next(r.decision for r in results if r.scenario.name == "refund_large")
     task = held["review"]["id"]  # type: ignore[index]
     return f"""
-[b]A response waits for a person.[/b] Approve it from another terminal, then fetch it as its client would:
+[b]A response waits for a person.[/b] {_least_likely(held)}Approve it from another terminal, then fetch it as its client would:
 
   curl -s {url}/review/queue
   curl -s {url}/review/{task}/submit -H 'content-type: application/json' -d '{{"verdict": "approve"}}'
@@ -165,6 +165,14 @@ def _next_steps(url: str, results: list[Result]) -> str:
 
 [b]Your own application:[/b] OpenAI(base_url="{url}/v1", api_key="any"). Ready: {url}/readyz, metrics: {url}/metrics
 """
+
+
+def _least_likely(decision: dict[str, object]) -> str:
+    fields = decision["detail"]["evidence"]["fields"]  # type: ignore[index]
+    if not fields:
+        return ""
+    name = fields[0]["path"].partition("#")[2]
+    return f"Its least likely value is {name}, token probability {fields[0]['token_probability']:.4f}. "
 
 
 def _until_stopped() -> None:

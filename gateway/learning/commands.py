@@ -126,20 +126,34 @@ def report(
     since: Annotated[str, typer.Option(help=_SINCE)] = "7d",
     policy: PolicyOption = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="the HTML file")] = Path("report.html"),
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="group responses by that model's embeddings, not by their words; texts go to its provider, but for those "
+            "that a policy does not keep in full",
+        ),
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Report what people did not accept, in patterns with examples and what could be done: as HTML, and as Markdown beside it."""
     weekly = _analysis("gateway.learning.weekly")
     from gateway.learning.report import html_report, markdown_report  # noqa: PLC0415 - likewise
 
-    settings = settings_at(config_path(config), secrets=False)
+    settings = settings_at(config_path(config), secrets=embeddings is not None)
     policies = policies_of(settings, policy)
     until = datetime.now(UTC)
     at = _moment(since)
 
     async def read(store: SqlStore) -> Any:
         found = samples(store, policies, since=at - (until - at), policy=policy)
-        return await weekly.weekly(found, policies, since=at, until=until)
+        if embeddings is None:
+            return await weekly.weekly(found, policies, since=at, until=until)
+        from gateway.learning.embedding import embedder  # noqa: PLC0415 - who asks no model needs no way to it
+
+        async with embedder(settings, embeddings) as embed:
+            named = (embeddings, embed)
+            return await weekly.weekly(found, policies, since=at, until=until, embedding=named)
 
     found = with_store(settings, read)
     for file, text in (

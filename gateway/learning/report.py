@@ -73,7 +73,10 @@ def _times(found: Weekly) -> list[Row]:
 def _summary(found: Weekly) -> list[str]:
     if not found.patterns:
         return [_NOTHING]
-    lines = []
+    how = "the words they share"
+    if found.embedded_by is not None:
+        how = f"embeddings of {_seen(found.embedded_by)}"
+    lines = [f"Within a category, responses are grouped by {how}."]
     if (more := len(found.patterns) - _PATTERNS) > 0:
         lines.append(f"The {_PATTERNS} greatest; {more} smaller ones are not shown.")
     if found.not_grouped:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 from gateway.learning.picking import words_of
 from gateway.learning.samples import Outcome, Sample
@@ -16,6 +17,9 @@ from policies import Action, Policy
 _CATEGORY_CHARS = 60
 _EXAMPLES = 3
 _ENOUGH_CORRECTED = 5
+
+#: The embedding of each of some texts.
+Embed: TypeAlias = Callable[[Sequence[str]], Awaitable[Sequence[Sequence[float]]]]
 
 #: A lever is suggested for what holds of so many of a pattern's mistakes.
 _MOSTLY = 0.5
@@ -35,6 +39,11 @@ class Mistake:
     judges_passed: tuple[str, ...]
     words: tuple[str, str] | None
     comment: str | None
+
+    @property
+    def text(self) -> str:
+        """What was asked and answered."""
+        return "\n".join(self.words or ())
 
     @property
     def went_out(self) -> bool:
@@ -80,7 +89,10 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Weekly:
-    """The figures of a time, and of as long a time before it; the patterns, the greatest first."""
+    """The figures of a time, and of as long a time before it; the patterns, the greatest first.
+
+    `embedded_by` names the model by whose embeddings texts were grouped; None: by their words.
+    """
 
     since: datetime
     until: datetime
@@ -90,6 +102,7 @@ class Weekly:
     categories: Mapping[str, Counts] = field(default_factory=dict)
     patterns: Sequence[Pattern] = ()
     not_grouped: int = 0
+    embedded_by: str | None = None
 
 
 async def weekly(
@@ -98,8 +111,13 @@ async def weekly(
     *,
     since: datetime,
     until: datetime,
+    embedding: tuple[str, Embed] | None = None,
 ) -> Weekly:
-    """The report on what was labelled from `since` to `until`; `found` must begin as long before that."""
+    """The report on what was labelled from `since` to `until`; `found` must begin as long before that.
+
+    With `embedding`, the name of a model and how to ask it, texts are grouped by that; it is given what the report may show, and
+    nothing else. Raises what it raises.
+    """
     now, before = Counts(), Counts()
     by_policy: dict[str, Counts] = defaultdict(Counts)
     by_category: dict[str, Counts] = defaultdict(Counts)
@@ -115,6 +133,10 @@ async def weekly(
             mistake = _mistake(sample, policies)
             _count(sample, by_category[mistake.category])
             mistakes.append(mistake)
+    vectors = {}
+    if embedding is not None:
+        shown = {each.decision_id: each.text for each in mistakes if each.words is not None}
+        vectors = dict(zip(shown, await embedding[1](list(shown.values())), strict=True))
     return Weekly(
         since,
         until,
@@ -122,8 +144,9 @@ async def weekly(
         before,
         by_policy,
         by_category,
-        patterns(list(mistakes)),
+        patterns(list(mistakes), vectors),
         now.mistakes - len(mistakes),
+        embedding and embedding[0],
     )
 
 
@@ -173,15 +196,21 @@ def _mistake(sample: Sample, policies: Mapping[str, Policy]) -> Mistake:
     )
 
 
-def patterns(mistakes: Sequence[Mistake]) -> list[Pattern]:
-    """The mistakes by category, and within one by what their texts are about; the greatest first."""
+def patterns(
+    mistakes: Sequence[Mistake], vectors: Mapping[str, Sequence[float]] = MappingProxyType({})
+) -> list[Pattern]:
+    """The mistakes by category, and within one by what their texts are about; the greatest first.
+
+    `vectors` are the embeddings of all texts by decision id, or none at all: then their words tell.
+    """
     by_category: dict[str, list[Mistake]] = defaultdict(list)
     for each in mistakes:
         by_category[each.category].append(each)
     found = []
     for category, members in by_category.items():
         shown = [each for each in members if each.words is not None]
-        for group in groups(["\n".join(each.words or ()) for each in shown]):
+        alike_by = [vectors[each.decision_id] for each in shown] if vectors else None
+        for group in groups([each.text for each in shown], alike_by):
             alike = tuple(shown[place] for place in group.members)
             found.append(Pattern(category, group.terms, alike, levers(alike)))
         if hidden := tuple(each for each in members if each.words is None):

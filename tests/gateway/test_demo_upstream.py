@@ -459,11 +459,21 @@ def test_models_are_listed_and_unknown_ones_are_not_found(client: openai.OpenAI)
 
 
 def test_embeddings_repeat_and_come_packed_or_plain(client: openai.OpenAI) -> None:
-    packed = client.embeddings.create(model="e", input=["a", "b"], dimensions=16)
+    packed = client.embeddings.create(model="e", input=["a", "c"], dimensions=16)
     plain = client.embeddings.create(model="e", input="a", dimensions=16, encoding_format="float")
     assert len(packed.data) == 2
     assert packed.data[0].embedding == pytest.approx(plain.data[0].embedding, abs=1e-6)
     assert packed.data[0].embedding != packed.data[1].embedding
+
+
+def test_embeddings_are_alike_where_words_are_shared(client: openai.OpenAI) -> None:
+    texts = ["Where is my parcel?", "My parcel, where is it?", "Cancel the annual plan"]
+    one, same, other = (
+        each.embedding for each in client.embeddings.create(model="e", input=texts).data
+    )
+    assert sum(a * a for a in one) == pytest.approx(1.0, abs=1e-5)
+    assert sum(a * b for a, b in zip(one, same, strict=True)) > 0.8
+    assert abs(sum(a * b for a, b in zip(one, other, strict=True))) < 0.3
 
 
 def test_moderation_answers_every_input(client: openai.OpenAI) -> None:

@@ -14,18 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.signals import (
+    ALWAYS,
     CONSTANT_TOKENS,
     FLOOR,
+    MAX_FIELDS,
+    WINDOW_TOKENS,
     Absence,
     SignalName,
     feature,
+    field_signals,
     log_odds,
     score,
     signals,
     token_signals,
 )
 from tests.policies.build import exchange, tokens
-from validators import TokenLogprob
+from validators import Choice, Exchange, Passage, TokenLogprob, ToolCall
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "openai_logprobs.json"
 LOGPROBS = st.floats(min_value=-50, max_value=0)
@@ -35,10 +39,8 @@ WITH_ALTERNATIVES = st.lists(
 
 
 def test_every_signal_follows_its_formula() -> None:
-    found = signals(
-        exchange(tokens([-0.1, -2.0, -0.3], [[-0.1, -3.0], [-1.0, -2.0], [-0.3, -1.5]]))
-    )
     listed = [[-0.1, -3.0], [-1.0, -2.0], [-0.3, -1.5]]
+    found = token_signals(tokens([-0.1, -2.0, -0.3], listed), answer=[0, 2])
     assert found.absent is None
     assert found.values == pytest.approx(
         {
@@ -47,16 +49,65 @@ def test_every_signal_follows_its_formula() -> None:
             "mean_logprob": -0.8,
             "min_logprob": -2.0,
             "p10_logprob": -2.0,
+            "window_logprob": -0.8,
             "first_logprob": -0.1,
+            "answer_logprob": -0.4,
+            "unsure_tokens": 2,
             "mean_margin": (2.9 + 1.0 + 1.2) / 3,
             "min_margin": 1.0,
+            "answer_margin": 1.2,
+            "unlisted_mass": fmean(1 - sum(math.exp(x) for x in position) for position in listed),
             "mean_entropy": fmean(-sum(math.exp(x) * x for x in position) for position in listed),
         }
     )
 
 
 def test_signal_names_are_exactly_the_declared_ones() -> None:
-    assert set(token_signals(tokens([-1.0], [[-1.0, -2.0]])).values) == set(get_args(SignalName))
+    found = token_signals(tokens([-1.0], [[-1.0, -2.0]]), answer=[0])
+    assert set(found.values) == set(get_args(SignalName))
+
+
+@given(st.lists(LOGPROBS, min_size=1, max_size=CONSTANT_TOKENS - 1))
+def test_worst_window_is_the_lowest_mean_of_eight_in_a_row(logprobs: list[float]) -> None:
+    values = token_signals(tokens(logprobs)).values
+    starts = range(max(1, len(logprobs) - WINDOW_TOKENS + 1))
+    means = [fmean(logprobs[start : start + WINDOW_TOKENS]) for start in starts]
+    assert values["window_logprob"] == pytest.approx(min(means), abs=1e-9)
+    assert values["window_logprob"] <= 0.0
+
+
+def test_a_phrase_of_doubt_is_a_worse_window_than_as_many_doubts_far_apart() -> None:
+    together = [0.0] * 40 + [-1.0] * 8 + [0.0] * 40
+    apart = ([-1.0] + [0.0] * 10) * 8
+    assert token_signals(tokens(together)).values["window_logprob"] == -1.0
+    assert token_signals(tokens(apart)).values["window_logprob"] == -0.125
+
+
+@pytest.mark.parametrize(
+    ("probability", "unsure"), [(0.89, 1), (0.91, 0)], ids=["below 0.9", "above"]
+)
+def test_unsure_tokens_are_those_below_nine_in_ten(probability: float, unsure: int) -> None:
+    found = token_signals(tokens([0.0, math.log(probability), -1e-9]))
+    assert found.values["unsure_tokens"] == unsure
+
+
+def test_mass_outside_the_list_is_what_its_probabilities_leave() -> None:
+    listed = [[math.log(0.5), math.log(0.2)], [math.log(0.9), -math.inf]]
+    values = token_signals(tokens([-0.1, -0.1], listed)).values
+    assert values["unlisted_mass"] == pytest.approx((0.3 + 0.1) / 2)
+
+
+def test_rounded_probabilities_that_sum_to_more_than_one_leave_no_mass() -> None:
+    assert token_signals(tokens([0.0], [[0.0, -9.0]])).values["unlisted_mass"] == 0.0
+
+
+def test_without_an_answer_only_its_signals_are_missing() -> None:
+    found = token_signals(tokens([-1.0], [[-1.0, -2.0]]))
+    assert set(get_args(SignalName)) - set(found.values) == {"answer_logprob", "answer_margin"}
+
+
+def test_tokens_alone_give_what_every_response_has() -> None:
+    assert token_signals(tokens([-1.0])).values.keys() == ALWAYS
 
 
 @pytest.mark.parametrize(("n", "rank"), [(1, 0), (10, 0), (11, 1), (20, 1), (21, 2), (300, 29)])
@@ -68,8 +119,10 @@ def test_low_percentile_is_the_nearest_rank(n: int, rank: int) -> None:
 def test_real_openai_choices_give_every_signal() -> None:
     choices = json.loads(VECTORS.read_text())["choices"]
     for choice in choices:
-        content = msgspec.convert(choice["logprobs"]["content"], list[TokenLogprob])
-        found = signals(exchange(content))
+        raw = json.dumps(choice["logprobs"]["content"]).encode()
+        content = msgspec.json.decode(raw, type=list[TokenLogprob])
+        text = Passage("choices[0].message.content", choice["message"]["content"])
+        found = signals(Exchange("chat", {}, (Choice("choices[0]", (text,), logprobs=content),)))
         assert set(found.values) == set(get_args(SignalName))
         assert score(found.values) == pytest.approx(math.exp(content[0].logprob or 0.0))
 
@@ -158,7 +211,7 @@ def test_unusable_alternatives_leave_out_their_signals_alone(
 ) -> None:
     values = token_signals(tokens([-0.1, -0.1], listed)).values
     assert "mean_logprob" in values
-    assert not {"mean_margin", "min_margin", "mean_entropy"} & values.keys()
+    assert not {"mean_margin", "min_margin", "mean_entropy", "unlisted_mass"} & values.keys()
 
 
 @given(WITH_ALTERNATIVES)
@@ -180,6 +233,7 @@ def test_signals_are_finite_ordered_and_the_score_a_probability(logprobs: list[f
         return
     assert all(math.isfinite(value) for value in values.values())
     assert values["min_logprob"] <= values["p10_logprob"] <= 0
+    assert values["min_logprob"] - 1e-9 <= values["window_logprob"] <= 0
     assert values["min_logprob"] <= values["mean_logprob"] + 1e-9
     known = score(values)
     assert known is not None
@@ -212,7 +266,133 @@ def test_features_are_finite_for_every_value_a_signal_can_have(name: str, size: 
 
 @pytest.mark.parametrize(
     ("name", "less", "more"),
-    [("mean_logprob", -2.0, -0.1), ("min_margin", 0.1, 2.0), ("mean_entropy", 1.0, 0.1)],
+    [
+        ("mean_logprob", -2.0, -0.1),
+        ("window_logprob", -2.0, -0.1),
+        ("answer_logprob", -2.0, -0.1),
+        ("min_margin", 0.1, 2.0),
+        ("answer_margin", 0.1, 2.0),
+        ("mean_entropy", 1.0, 0.1),
+        ("unlisted_mass", 0.1, 0.0),
+        ("unsure_tokens", 3.0, 0.0),
+    ],
 )
 def test_features_grow_with_certainty(name: str, less: float, more: float) -> None:
     assert feature(name, less) < feature(name, more)
+
+
+# ------------------------------------------------------------------------------------------------------- the answer
+
+
+def spelt(*pieces: str | tuple[str, float | None]) -> list[TokenLogprob]:
+    """Tokens with these texts; those without a log-probability of their own are certain."""
+    told = [each if isinstance(each, tuple) else (each, 0.0) for each in pieces]
+    return [TokenLogprob(logprob, text) for text, logprob in told]
+
+
+def said(*pieces: str | tuple[str, float | None], path: str = "choices[0]") -> Choice:
+    """A choice whose content is what these tokens say."""
+    written = spelt(*pieces)
+    content = Passage(f"{path}.message.content", "".join(token.token for token in written))
+    return Choice(path, (content,), logprobs=written)
+
+
+def of(*choices: Choice) -> Exchange:
+    return Exchange("chat", {}, choices)
+
+
+ORDER = ('{"', ("sku", -3.0), '":"', ("GA", -0.5), ("67", -0.25), '","qty":', ("4", -1.0), "}")
+
+
+def test_scaffold_does_not_count_towards_the_answer() -> None:
+    values = signals(of(said(*ORDER))).values
+    assert values["answer_logprob"] == pytest.approx(-1.75)
+    assert values["total_logprob"] == pytest.approx(-4.75)
+
+
+def test_least_certain_choice_gives_the_signals_of_its_own_answer() -> None:
+    sure, unsure = said("Answer: ", ("A", -0.1)), said("Answer: ", ("B", -2.0))
+    assert signals(of(sure, unsure)).values["answer_logprob"] == -2.0
+
+
+def test_text_that_the_tokens_do_not_add_up_to_has_no_answer_signals() -> None:
+    choice = Choice("choices[0]", (Passage("p", "Answer: C"),), logprobs=spelt("Answer: ", "B"))
+    values = signals(of(choice)).values
+    assert "mean_logprob" in values
+    assert not {"answer_logprob", "answer_margin"} & values.keys()
+
+
+# ------------------------------------------------------------------------------------------------------- the fields
+
+
+def test_fields_come_with_the_probability_of_the_tokens_that_wrote_their_value() -> None:
+    qty, sku = field_signals(of(said(*ORDER)))
+    assert qty.path == "choices[0].message.content#/qty"
+    assert qty.token_probability == pytest.approx(math.exp(-1))
+    assert qty.n_tokens == 1
+    assert sku.path == "choices[0].message.content#/sku"
+    assert sku.token_probability == pytest.approx(math.exp(-0.75))
+    assert sku.least_probability == pytest.approx(math.exp(-0.5))
+    assert sku.n_tokens == 2
+
+
+def test_fields_of_every_choice_and_tool_call_are_told_apart() -> None:
+    arguments = Passage("choices[1].message.tool_calls[0].function.arguments", '{"amount": 9}')
+    call = Choice(
+        "choices[1]",
+        tool_calls=(ToolCall("pay", arguments),),
+        logprobs=spelt("<tool_call>", '{"amount": ', ("9", -2.0), "}", "</tool_call>"),
+    )
+    found = field_signals(of(said('{"a": ', ("1", -1.0), "}"), call))
+    assert [each.path for each in found] == [
+        "choices[1].message.tool_calls[0].function.arguments#/amount",
+        "choices[0].message.content#/a",
+    ]
+
+
+def test_fields_are_found_in_a_code_fence() -> None:
+    (field,) = field_signals(of(said("Here:\n```json\n", '{"a": ', ("1", -1.0), "}\n", "```")))
+    assert field.path == "choices[0].message.content#/a"
+    assert field.token_probability == pytest.approx(math.exp(-1))
+
+
+def test_only_so_many_fields_are_told_and_the_least_likely_first() -> None:
+    pieces = [("1" if n % 2 else ",", -float(n) if n % 2 else 0.0) for n in range(1, 200)]
+    found = field_signals(of(said("[", *pieces, "]")))
+    assert len(found) == MAX_FIELDS
+    assert found[0].path == "choices[0].message.content#/99"
+    probabilities = [each.token_probability for each in found]
+    assert probabilities == sorted(probabilities)
+
+
+@pytest.mark.parametrize("logprob", [None, math.nan, 0.5, math.inf])
+def test_a_field_with_an_unusable_token_is_left_out_alone(logprob: float | None) -> None:
+    (field,) = field_signals(of(said('{"a": ', ("1", logprob), ', "b": ', ("2", -1.0), "}")))
+    assert field.path.endswith("#/b")
+
+
+def test_impossible_tokens_have_probability_nought() -> None:
+    (field,) = field_signals(of(said('{"a": ', ("1", -math.inf), "}")))
+    assert (field.token_probability, field.least_probability) == (0.0, 0.0)
+
+
+def test_a_provider_that_is_always_certain_says_nothing_of_fields() -> None:
+    long_one = said("[", *["1", ","] * CONSTANT_TOKENS, "1", "]")
+    assert signals(of(long_one)).absent is Absence.CONSTANT
+    assert field_signals(of(long_one)) == ()
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice("c", (Passage("c", '{"a": 1}'),)),
+        Choice("c", (Passage("c", '{"a": 1}'),), logprobs=[]),
+        Choice("c", (Passage("c", '{"a": 1}'),), logprobs=spelt("something else")),
+        said("no", " JSON"),
+        said('{"a": '),
+        said("{", "}"),
+    ],
+    ids=["absent", "none", "other text", "text", "cut off", "empty"],
+)
+def test_there_are_no_fields_where_there_is_nothing_to_tell(choice: Choice) -> None:
+    assert field_signals(of(choice)) == ()

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from validators.location import MAX_TEXT_CHARS, places, pointer, value_spans
+from validators.location import (
+    MAX_TEXT_CHARS,
+    places,
+    pointer,
+    scalar_spans,
+    scalars,
+    value_spans,
+)
 
 JSON_VALUES = st.recursive(
     st.none()
@@ -110,3 +117,26 @@ def test_deep_documents_are_walked_without_recursion(depth: int) -> None:
 
 def test_overlong_text_is_not_walked() -> None:
     assert value_spans(json.dumps(["x" * MAX_TEXT_CHARS]), [(0,)]) == {}
+
+
+@given(value=JSON_VALUES, indent=st.sampled_from([None, 2]), escape=st.booleans())
+def test_scalars_are_the_values_that_hold_no_other(
+    value: Any, indent: int | None, escape: bool
+) -> None:
+    text = json.dumps(value, indent=indent, ensure_ascii=escape)
+    leaves = [path for path in paths_of(value) if not isinstance(at(value, path), dict | list)]
+
+    found = list(scalars(text))
+
+    assert [where for where, _ in found] == [pointer(path) for path in leaves]
+    for (_, (start, end)), path in zip(found, leaves, strict=True):
+        quoted = text[start - 1 : end + 1]
+        is_inside = isinstance(at(value, path), str) and at(value, path) != ""
+        assert json.loads(quoted if is_inside else text[start:end]) == at(value, path)
+    assert scalar_spans(text) == [span for _, span in found]
+
+
+def test_scalars_of_a_text_too_long_to_search_are_not_told() -> None:
+    text = json.dumps(["x" * MAX_TEXT_CHARS])
+    assert not scalar_spans(text)
+    assert not list(scalars(text))

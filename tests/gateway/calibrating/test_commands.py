@@ -337,6 +337,14 @@ class TestApply:
         await store.record(a_decision(**(fields | {"policy": "others@1"}), detail=detail(-1e-4)))
         await store.close()
 
+    def test_traffic_of_before_a_signal_was_computed_cannot_be_told(self, fitted: Desk) -> None:
+        path = fitted.folder / "orders-1.json"
+        document = orjson.loads(path.read_bytes())
+        document["score"]["coefficients"] = {"unsure_tokens": -1.0}
+        path.write_bytes(orjson.dumps(document))
+        asyncio.run(self.traffic(fitted.store_url))
+        assert "10 more cannot be told" in self.apply(fitted, "--yes").stdout
+
     def test_an_artefact_for_other_checks_is_refused(self, fitted: Desk) -> None:
         scored = POLICY.replace("on_fail: flag", "on_fail: score")
         fitted.policy.write_text(scored)

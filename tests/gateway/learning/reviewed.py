@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import orjson
@@ -24,6 +25,9 @@ def asks(text: str = "How much?", **more: Any) -> bytes:
     return orjson.dumps({"model": "m-1", "messages": [{"role": "user", "content": text}], **more})
 
 
+JUDGED_AT = later(60)
+
+
 async def judge(
     store: SqlStore,
     verdict: Verdict,
@@ -33,6 +37,7 @@ async def judge(
     correction: bytes | None = None,
     reason: str | None = None,
     kind: TaskKind = TaskKind.HOLD,
+    at: datetime = JUDGED_AT,
     **decision: Any,
 ) -> str:
     """Have a response judged; the id of its decision."""
@@ -45,7 +50,7 @@ async def judge(
     task = a_task(kind=kind)
     await store.record(replace(recorded, inclusion=1.0, inclusion_floor=1.0), task)
     await store.resolve(
-        a_resolution(task.id, verdict=verdict, reason=reason, correction=correction)
+        a_resolution(task.id, verdict=verdict, reason=reason, correction=correction, at=at)
     )
     return recorded.id
 

@@ -30,9 +30,11 @@ HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(1)> | # *x* [y
 UNTIL = later(300)
 
 
-async def report(store: SqlStore, since: datetime = NOW, until: datetime = UNTIL) -> Weekly:
+async def report(
+    store: SqlStore, since: datetime = NOW, until: datetime = UNTIL, **more: Any
+) -> Weekly:
     found = samples(store, POLICIES, since=since - (until - since))
-    return await weekly(found, POLICIES, since=since, until=until)
+    return await weekly(found, POLICIES, since=since, until=until, **more)
 
 
 class TestPick:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,17 @@ REFUNDS = [
     f"Please refund the duplicate charge on card {n}, it was billed twice." for n in range(6)
 ]
 LOGINS = [f"I cannot log in, the password reset mail {n} does not arrive." for n in range(3)]
+
+
+def embeddings(sizes: list[int], *, common: float) -> list[list[float]]:
+    """Vectors of so many texts of each kind: what is common to all, what is of the kind, and what is the text's own."""
+    draw = np.random.default_rng(1)
+    every, kinds = draw.normal(size=64), draw.normal(size=(len(sizes), 64))
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    found: list[list[float]] = (
+        common * every + kinds[owner] + 0.4 * draw.normal(size=(len(owner), 64))
+    ).tolist()
+    return found
 
 
 class TestPick:
@@ -82,6 +94,38 @@ class TestGroups:
             range(len(texts))
         )
         assert found == groups(texts)
+
+    @pytest.mark.parametrize("common", [0.0, 1.0, 4.0])
+    def test_embeddings_tell_what_is_alike_however_close_all_of_them_are(
+        self, common: float
+    ) -> None:
+        """Many models put every text into one corner: unrelated ones may have a cosine of 0.9."""
+        texts = REFUNDS + ORDERS + LOGINS
+        found = groups(texts, embeddings([6, 40, 3], common=common))
+        assert [len(group.members) for group in found] == [40, 6, 3]
+        assert {"parcel", "courier"} & set(found[0].terms)
+
+    @pytest.mark.parametrize("n", [1, 2, 3, 30])
+    def test_embeddings_of_one_kind_are_one_group(self, n: int) -> None:
+        assert len(groups(ORDERS[:n], embeddings([n], common=1.0))) == 1
+
+    @given(
+        st.lists(
+            st.lists(st.floats(-1, 1), min_size=3, max_size=3) | st.just([0.0] * 3), max_size=12
+        )
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_every_embedding_is_in_one_group(self, vectors: list[list[float]]) -> None:
+        found = groups(["??"] * len(vectors), vectors)
+        places = sorted(place for group in found for place in group.members)
+        assert places == list(range(len(vectors)))
+        assert found == groups(["??"] * len(vectors), vectors)
+
+    def test_as_many_embeddings_as_are_ever_grouped_take_seconds(self) -> None:
+        vectors = embeddings([MOST_GROUPED // 4] * 4, common=1.0)
+        began_s = time.monotonic()
+        assert len(groups(["words"] * MOST_GROUPED, vectors)) == 4
+        assert time.monotonic() - began_s < 25
 
     def test_as_many_as_are_ever_grouped_take_seconds(self) -> None:
         texts = [
