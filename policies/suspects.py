@@ -97,6 +97,6 @@ def told(suspects: Sequence[Suspect]) -> list[str]:
     more = f" and {len(suspects) - _NAMED} more" if suspects[_NAMED:] else ""
     errors = sum(not each.acceptable for each in suspects)
     return [
-        f"{len(suspects)} labels contradict all the others where they stand, {errors} of them as errors ({named}{more}): about "
-        "one in three such is a slip of whoever gave it; until two people agree, each counts as it is"
+        f"{len(suspects)} labels contradict all the others where they stand, {errors} of them as errors ({named}{more}): one "
+        "in three such or more is a slip of whoever gave it; until two people agree, each counts as it is"
     ]
