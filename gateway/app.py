@@ -17,13 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TypedDict
 
-import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway import __version__
+from gateway import __version__, logs
 from gateway.api import admin, decisions, review
 from gateway.api.openai import OpenAIEdge
 from gateway.asking import Asker
@@ -46,13 +45,11 @@ from gateway.services import Services
 from gateway.settings import Settings, load_settings
 from gateway.spending import Prices, Spending
 from gateway.store import open_store
-from gateway.telemetry import Metrics, configure_logs
+from gateway.telemetry import Metrics
 from gateway.upstream.routing import Router
 from gateway.verdicts import Verdicts
 from gateway.webhooks import Webhooks
 from policies import PolicySet
-
-_log = structlog.get_logger()
 
 #: How long work in the background rests after it broke.
 _PAUSE_S = 1.0
@@ -174,7 +171,7 @@ async def running(settings: Settings, clock: Clock) -> AsyncIterator[Services]:
 
 def _warn_of(policies: PolicySet) -> None:
     for problem in policies.warnings:
-        _log.warning("policy_warning", problem=str(problem))
+        logs.warning("policy_warning", problem=str(problem))
 
 
 def _jury(
@@ -200,8 +197,10 @@ async def kept_running(work: Callable[[], Awaitable[None]], pause_s: float = _PA
     while True:
         try:
             await work()
-        except Exception:  # noqa: BLE001 - whatever broke, it is said, and the work goes on
-            _log.exception("background_work_broke", work=getattr(work, "__qualname__", repr(work)))
+        except Exception as error:  # noqa: BLE001 - whatever broke, it is said, and the work goes on
+            logs.error(
+                "background_work_broke", error, work=getattr(work, "__qualname__", repr(work))
+            )
         await asyncio.sleep(pause_s)
 
 
@@ -274,7 +273,7 @@ def worker() -> Gateway:
     """The application of one worker process; the supervisor says in the environment where the settings are."""
     path = os.environ.get("HOLDGATE_CONFIG")
     settings = load_settings(Path(path) if path else None, os.environ)
-    configure_logs(settings.log.level, settings.log.format)
+    logs.configure(settings.log.level, settings.log.format)
     return create_app(settings)
 
 
@@ -305,5 +304,5 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:
-    _log.error("unexpected_error", exc_info=error)
+    logs.error("unexpected_error", error)
     return _error_response(GatewayError("Something went wrong in the gateway; its log says what."))

@@ -123,7 +123,9 @@ class Asker:
         elif is_stream and call.streamed and mode is not StreamMode.BUFFER:
             answer.live = response
         elif is_stream:
-            answer.collected = await collect(response, call.endpoint, self._response_bytes)
+            answer.collected = await collect(
+                response, call.endpoint, self._response_bytes, strip=question.injected
+            )
             read_collected(answer, answer.collected)
         else:
             answer.body = await self._whole(response, answer)

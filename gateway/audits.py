@@ -11,14 +11,11 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 
-import structlog
-
+from gateway import logs
 from gateway.errors import StoreError
 from gateway.ports import Store
 from gateway.records import Standing
 from policies import AuditLevel, Calibrator
-
-_log = structlog.get_logger()
 
 #: How often standings are brought up to date with the store.
 REFRESH_S = 2.0
@@ -70,4 +67,4 @@ class Audits:
             try:
                 await self.refresh()
             except StoreError as error:
-                _log.warning("standings_not_refreshed", error=error.message)
+                logs.warning("standings_not_refreshed", error=error.message)

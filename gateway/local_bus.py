@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import structlog
-
+from gateway import logs
 from gateway.ports import Event
-
-_log = structlog.get_logger(__name__)
 
 
 class InProcessBus:
@@ -45,5 +42,5 @@ class InProcessBus:
         for handler in tuple(self._handlers.values()):
             try:
                 handler(event)
-            except Exception:  # noqa: BLE001 - one subscriber's fault must not keep the event from the others
-                _log.exception("bus.handler_failed", kind=event.kind, id=event.id)
+            except Exception as error:  # noqa: BLE001 - one subscriber's fault must not keep the event from the others
+                logs.error("bus.handler_failed", error, kind=event.kind, id=event.id)

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-import structlog
-
+from gateway import logs
 from gateway.audits import artefact_of
 from gateway.errors import StoreError
 from gateway.memory import Finding, Memory, feeds
@@ -24,8 +23,6 @@ from gateway.records import Alarm, Standing
 from gateway.telemetry import Metrics
 from policies import AuditLevel, Calibrator, Policy
 from policies.signals import JUDGE
-
-_log = structlog.get_logger()
 
 TICK_S = 2.0
 FLUSH_S = 30.0
@@ -83,7 +80,7 @@ class Monitors:
                 await self.tick()
                 await self.measure()
             except StoreError as error:
-                _log.warning("monitors_not_fed", error=error.message)
+                logs.warning("monitors_not_fed", error=error.message)
 
     async def tick(self) -> None:
         """Take in what has been recorded since the last time. Raises `StoreError`; what was not written is read again."""
@@ -118,7 +115,7 @@ class Monitors:
                 try:
                     await self._write(policy, watch, [], lift=False)
                 except StoreError as error:
-                    _log.warning("monitors_not_written", error=error.message)
+                    logs.warning("monitors_not_written", error=error.message)
 
     async def _watch(self, policy: str, stored: Standing | None) -> _Watch | None:
         """The policy's watch, if it falls to this replica."""
@@ -225,7 +222,7 @@ class Monitors:
         watch.standing, watch.dirty, watch.written_s = new, False, self._clock.monotonic_s()
         for alarm in raised:
             self._metrics.alarms.labels(alarm.policy, alarm.kind).inc()
-            _log.warning(
+            logs.warning(
                 "alarm", id=alarm.id, policy=alarm.policy, kind=alarm.kind, message=alarm.message
             )
 

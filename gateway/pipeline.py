@@ -134,8 +134,7 @@ class Pipeline:
         stream = answer.collected
         if stream is None or judgement.decision.redactions or stream.assembler.says_more:
             return _reply(call, record, answer, body)
-        replayed = stream.replay(strip=answer.question.injected)
-        return _reply(call, record, answer, replayed, is_stream=True)
+        return _reply(call, record, answer, stream.replay(), is_stream=True)
 
     def _held(self, call: Call, policy: Policy, record: DecisionRecord, task_id: str) -> Held:
         hold = policy.hold
@@ -162,8 +161,7 @@ class Pipeline:
         is_read = answer.fault is None
         if answer.collected is None or (is_read and answer.collected.assembler.says_more):
             return _reply(call, record, answer, answer.client_body(), is_stream=not is_read)
-        stream = answer.collected.replay(strip=answer.question.injected)
-        return _reply(call, record, answer, stream, is_stream=True)
+        return _reply(call, record, answer, answer.collected.replay(), is_stream=True)
 
     async def _record_failure(
         self, call: Call, match: Match, answer: Answer | None, action: Action, note: str

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
-import structlog
 
-from gateway import sse
+from gateway import logs, sse
 from gateway.errors import ResponseBlocked
 from gateway.spending import Prices
 from gateway.window import Window
@@ -32,7 +31,6 @@ from policies import (
 from policies.source import Source
 from validators import Choice, Exchange, Passage
 
-_log = structlog.get_logger()
 _POLL_S = 1.0
 _REHEARSAL = "Call +1 212 555 0100, or write to ann@example.com about 4111 1111 1111 1111."
 _MAX_FILE_BYTES = 4_000_000
@@ -171,9 +169,9 @@ class PolicyFiles:
                     continue
                 self._seen = seen
                 self._loaded = await asyncio.to_thread(load, *self._folders, self._prices)
-                _log.info("policies_reloaded", policies=[p.label for p in self.current.policies])
+                logs.info("policies_reloaded", policies=[p.label for p in self.current.policies])
             except (PolicyError, CalibrationError, OSError) as error:
-                _log.error("policies_not_reloaded", problem=str(error))
+                logs.error("policies_not_reloaded", problem=str(error))
 
     def _fingerprint(self) -> frozenset[tuple[str, int, int]]:
         root = self._folders[0].parent

@@ -12,9 +12,8 @@ from functools import cache
 from typing import Any
 
 import orjson
-import structlog
 
-from gateway import edits, wire
+from gateway import edits, logs, wire
 from gateway.asking import Answer
 from gateway.calls import Call, relayed
 from gateway.delivery import decision_headers
@@ -31,8 +30,6 @@ from policies import (
     to_json,
 )
 from validators import JSON, Choice, Exchange, Passage, Pii, Secrets
-
-_log = structlog.get_logger()
 
 #: How long content is kept for a review task of a policy that keeps none, beyond the hold's deadline.
 _REVIEW_TIME = timedelta(hours=24)
@@ -100,7 +97,7 @@ class Recorder:
     ) -> None:
         upstream_ms = outcome.answer.upstream_ms if outcome.answer else 0.0
         self._count(outcome, record.overhead_ms, upstream_ms, record_s)
-        _log.info(
+        logs.info(
             "decision",
             id=record.id,
             request_id=record.request_id,

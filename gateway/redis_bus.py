@@ -7,7 +7,6 @@ import secrets
 from contextlib import suppress
 
 import msgspec
-import structlog
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
@@ -15,6 +14,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
+from gateway import logs
 from gateway.local_bus import InProcessBus
 from gateway.ports import Event
 
@@ -33,8 +33,6 @@ _SILENCE_S = 5.0
 _LONGEST_PAUSE_S = 5.0
 
 _LOST = (RedisError, OSError, TimeoutError)
-
-_log = structlog.get_logger(__name__)
 
 
 class _Message(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -78,7 +76,7 @@ class RedisBus(InProcessBus):
             async with asyncio.timeout(_PATIENCE_S):
                 await self._redis.publish(_CHANNEL, message)
         except _LOST as error:
-            _log.warning("bus.event_not_sent", kind=event.kind, id=event.id, error=str(error))
+            logs.warning("bus.event_not_sent", kind=event.kind, id=event.id, error=str(error))
 
     async def recall(self, key: str) -> bytes | None:
         """What a replica kept under that key, if Redis is there and says it within 50 ms."""
@@ -89,7 +87,7 @@ class RedisBus(InProcessBus):
                 found = await self._redis.get(_KEPT + key)
                 return found if isinstance(found, bytes) else None
         except _LOST as error:
-            _log.warning("bus.not_recalled", error=str(error))
+            logs.warning("bus.not_recalled", error=str(error))
             return None
 
     async def keep(self, key: str, value: bytes, for_s: float) -> None:
@@ -100,7 +98,7 @@ class RedisBus(InProcessBus):
             async with asyncio.timeout(_HASTE_S):
                 await self._redis.set(_KEPT + key, value, px=max(1, round(1000 * for_s)))
         except _LOST as error:
-            _log.warning("bus.not_kept", error=str(error))
+            logs.warning("bus.not_kept", error=str(error))
 
     async def close(self) -> None:
         """Stop listening and let go of connections."""
@@ -118,7 +116,7 @@ class RedisBus(InProcessBus):
                     await self._subscribe(pubsub)
                     await self._receive(pubsub)
                 except _LOST as error:
-                    _log.warning("bus.lost", error=str(error))
+                    logs.warning("bus.lost", error=str(error))
                 finally:
                     self._subscribed.clear()
 
@@ -149,7 +147,7 @@ class RedisBus(InProcessBus):
         try:
             message = msgspec.json.decode(data, type=_Message)
         except msgspec.MsgspecError:
-            _log.warning("bus.message_not_understood", bytes=len(data))
+            logs.warning("bus.message_not_understood", bytes=len(data))
             return
         if message.origin != self._origin:
             self._deliver(Event(message.kind, message.id))

@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-import structlog
-
-from gateway import edits, wire
+from gateway import edits, logs, wire
 from gateway.errors import InvalidRequest, NotFound, ResponseRejected, StoreError
 from gateway.ports import Bus, Clock, Event, Store
 from gateway.records import DecisionRecord, Resolution, TaskKind, TaskRecord, TaskState, Verdict
@@ -22,7 +20,6 @@ from gateway.telemetry import Metrics
 from policies import PolicySet, run_validators
 from validators import JSON, Exchange, JsonSchema, Outcome
 
-_log = structlog.get_logger()
 _SWEEP_S = 0.5
 _BATCH = 500
 
@@ -89,7 +86,7 @@ class WaitingRoom:
             try:
                 await self.sweep()
             except StoreError as error:
-                _log.warning("sweep_failed", error=error.message)
+                logs.warning("sweep_failed", error=error.message)
 
     async def sweep(self) -> None:
         """One pass: settled tasks wake their clients, due holds expire, contents past their time are erased."""

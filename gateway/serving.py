@@ -16,9 +16,9 @@ from typing import NoReturn
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from gateway import logs
 from gateway.api.protocol import Protocol
 from gateway.settings import Settings, load_settings
-from gateway.telemetry import configure_logs
 
 _KEEP_ALIVE_S = 75
 
@@ -33,7 +33,7 @@ def _serve() -> None:
     """Serve until told to stop; prints one line to standard output when requests are answered."""
     path = os.environ["HOLDGATE_CONFIG"]
     settings = load_settings(Path(path) if path else None, os.environ)
-    configure_logs(settings.log.level, settings.log.format)
+    logs.configure(settings.log.level, settings.log.format)
     sock = _listen(settings)
     config = uvicorn.Config(
         "gateway.app:worker",

@@ -18,14 +18,12 @@ from math import nan
 from pathlib import Path
 
 import msgspec
-import structlog
 
+from gateway import logs
 from gateway.errors import StoreError
 from gateway.ports import Clock, Store
 from gateway.records import Spend
 from gateway.settings import ModelEntry, Price
-
-_log = structlog.get_logger()
 
 #: How often accounts are brought up to date with the store.
 REFRESH_S = 2.0
@@ -203,7 +201,7 @@ class Spending:
             try:
                 await self.refresh()
             except StoreError as error:
-                _log.warning("spending_not_refreshed", error=error.message)
+                logs.warning("spending_not_refreshed", error=error.message)
 
     async def close(self) -> None:
         """Record what was abandoned."""
@@ -211,7 +209,7 @@ class Spending:
             await self.refresh()
         except StoreError as error:
             lost_usd = sum(spend.usd for spend in self._abandoned)
-            _log.error("spending_not_recorded", usd=lost_usd, error=error.message)
+            logs.error("spending_not_recorded", usd=lost_usd, error=error.message)
 
     def _turn_page(self) -> None:
         """Begin every account anew on a new day; what is under way is paid from the old ones."""

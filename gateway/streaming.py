@@ -18,14 +18,14 @@ from gateway.wire import RESPONSES, Unreadable
 
 @dataclass(slots=True)
 class Collected:
-    """A stream as it came.
+    """A stream as it came. `said` is its events, one after the other, as their client may see them, if they are kept.
 
     `fault` says what was wrong with it: `error`, `truncated`, `unreadable`, `response_too_large`; `blocked` if a check
     stopped it; None if nothing.
     """
 
     assembler: sse.Assembler
-    events: list[sse.Event] = field(default_factory=list)
+    said: bytearray = field(default_factory=bytearray)
     fault: str | None = None
     message: str = ""
 
@@ -52,11 +52,9 @@ class Collected:
                 "The provider's stream ended before the answer did.",
             )
 
-    def replay(self, *, strip: bool) -> bytes:
-        """The events as bytes, without the logprobs nobody asked for if `strip`, and ended as the endpoint ends."""
-        endpoint = self.assembler.endpoint
-        parts = [sse.event_without_logprobs(endpoint, e) if strip else e.raw for e in self.events]
-        return b"".join((*parts, self.ending))
+    def replay(self) -> bytes:
+        """What was said, ended as the endpoint ends."""
+        return b"".join((self.said, self.ending))
 
     @property
     def ending(self) -> bytes:
@@ -64,8 +62,12 @@ class Collected:
         return b"" if self.assembler.endpoint == RESPONSES or self.assembler.done else sse.DONE
 
 
-async def collect(response: UpstreamResponse, endpoint: str, limit_bytes: int) -> Collected:
+async def collect(
+    response: UpstreamResponse, endpoint: str, limit_bytes: int, *, strip: bool
+) -> Collected:
     """The whole stream; whatever goes wrong with it is a `fault`, and what came before is kept.
+
+    `strip` keeps logprobs that the client did not ask for out of what was `said`.
 
     Raises
     ------
@@ -83,7 +85,9 @@ async def collect(response: UpstreamResponse, endpoint: str, limit_bytes: int) -
             for event in splitter.feed(chunk):
                 if not collected.assembler.done:
                     collected.add(event)
-                    collected.events.append(event)
+                    collected.said += (
+                        sse.event_without_logprobs(endpoint, event) if strip else event.raw
+                    )
     except UpstreamError as error:
         if error.code == "upstream_response_too_large":
             raise

@@ -1,15 +1,11 @@
-"""What an operator sees: Prometheus metrics and structured logs. Neither ever carries content."""
+"""What an operator measures: Prometheus metrics. They never carry content."""
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
-import orjson
-import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
@@ -136,49 +132,3 @@ def _forget_the_dead(folder: Path) -> None:
             os.kill(pid, 0)
         except ProcessLookupError:
             mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
-
-
-def _json(event: dict[str, object], **_: object) -> str:
-    return orjson.dumps(event, default=str).decode()
-
-
-def configure_logs(level: str, form: str) -> None:
-    """Send structured logs to standard error, one line an event: `json`, or `console` for people.
-
-    Of what libraries log, warnings and worse are let through, in the same form.
-    """
-    opening: list[structlog.typing.Processor] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    rendering: list[structlog.typing.Processor] = (
-        [
-            structlog.processors.ExceptionRenderer(
-                structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-            ),
-            structlog.processors.JSONRenderer(serializer=_json),
-        ]
-        if form == "json"
-        else [
-            structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-            )
-        ]
-    )
-    libraries = logging.StreamHandler(sys.stderr)
-    without_meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
-    libraries.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            processors=[without_meta, *rendering], foreign_pre_chain=opening
-        )
-    )
-    logging.basicConfig(handlers=[libraries], level=logging.WARNING, force=True)
-    logging.captureWarnings(capture=True)
-    structlog.configure(
-        processors=[*opening, *rendering],
-        wrapper_class=structlog.make_filtering_bound_logger(
-            logging.getLevelNamesMapping()[level.upper()]
-        ),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )

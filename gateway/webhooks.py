@@ -12,25 +12,24 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from enum import Enum, auto
 from http import HTTPStatus
 
-import aiohttp
 import orjson
-import structlog
 from standardwebhooks import Webhook
+from yarl import URL
 
-from gateway.errors import StoreError
+from gateway import logs
+from gateway.connections import Server
+from gateway.errors import StoreError, UpstreamError, UpstreamTimeout
 from gateway.ports import Clock, Store
 from gateway.records import Delivery, TaskRecord
 from gateway.reviews import status_word
-from gateway.settings import Settings, WebhookEntry
+from gateway.settings import Settings, Timeouts, WebhookEntry
 from gateway.telemetry import Metrics
 from validators import JSON
-
-_log = structlog.get_logger()
 
 #: The pauses between attempts that the specification recommends ("Deliverability and reliability"), each made up to a fifth longer.
 RETRIES_S = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -43,7 +42,7 @@ _BATCH = 500
 _AT_ONCE = 8
 
 #: Within this a receiver must have answered; another replica takes a delivery over after the lease.
-_TIMEOUT = aiohttp.ClientTimeout(total=10, connect=5)
+_TIMES = Timeouts(connect=5, read=10, total=10)
 _LEASE_S = 20.0
 
 #: So much of an answer is read, so that its connection can be used again; nothing of it is kept.
@@ -59,7 +58,7 @@ class Health(Enum):
 
 
 class Webhooks:
-    """Empties the outbox, and delivers what webhooks ask for. Must be made on the event loop that will run it."""
+    """Empties the outbox, and delivers what webhooks ask for. To be used on one event loop."""
 
     def __init__(self, store: Store, clock: Clock, metrics: Metrics, settings: Settings) -> None:
         self._store = store
@@ -75,12 +74,7 @@ class Webhooks:
         for hook in self._hooks:
             for kind in dict.fromkeys(hook.events):
                 self._takers.setdefault(kind, []).append(hook.name)
-        self._session = aiohttp.ClientSession(
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=_TIMEOUT,
-            auto_decompress=False,
-            read_bufsize=_ANSWER_BYTES,
-        )
+        self._receivers = {hook.name: Server(URL(hook.url), _TIMES) for hook in self._hooks}
 
     async def run(self) -> None:
         """Dispatch and deliver until cancelled."""
@@ -93,7 +87,8 @@ class Webhooks:
 
     async def close(self) -> None:
         """Let go of connections."""
-        await self._session.close()
+        for receiver in self._receivers.values():
+            await receiver.close()
 
     async def dispatch(self) -> None:
         """Empty the outbox: each webhook gets what it asked for, the rest is dropped."""
@@ -104,7 +99,7 @@ class Webhooks:
     async def announce(self) -> None:
         """Tell once of every so many new training samples."""
         if await self._store.announce_samples(self._retrain_samples, self._clock.now()):
-            _log.info("labels_ready")
+            logs.info("labels_ready")
 
     async def _serve(self, hook: WebhookEntry) -> None:
         """Deliver to one receiver: many events at once while it is well, one at a time while it is not."""
@@ -114,7 +109,7 @@ class Webhooks:
             if not taken or health is not Health.WELL:
                 await asyncio.sleep(_POLL_S)
         # Its deliveries stay in the store: after a restart the receiver is asked again.
-        _log.error("webhook_disabled", webhook=hook.name, until="the gateway is restarted")
+        logs.error("webhook_disabled", webhook=hook.name, until="the gateway is restarted")
 
     async def deliver(self, hook: WebhookEntry, health: Health) -> tuple[int, Health]:
         """Attempt what is due to a receiver; how many events that were, and how it is now."""
@@ -126,7 +121,7 @@ class Webhooks:
             found = await asyncio.gather(*(self._attempt(hook, each) for each in taken))
         except StoreError as error:
             # What was taken is due again after the lease.
-            _log.warning("webhook_store_failed", webhook=hook.name, error=error.message)
+            logs.warning("webhook_store_failed", webhook=hook.name, error=error.message)
             return 0, health
         worst = max(found, key=lambda each: each.value, default=health)
         return len(taken), worst
@@ -142,12 +137,12 @@ class Webhooks:
         about = {"webhook": hook.name, "id": delivery.id, "kind": delivery.kind, "fault": fault}
         if delivery.attempt > len(RETRIES_S):
             counted(hook.name, "given_up").inc()
-            _log.error("webhook_given_up", subject=delivery.subject, **about)
+            logs.error("webhook_given_up", subject=delivery.subject, **about)
             await self._store.finish_delivery(delivery.id)
         else:
             counted(hook.name, "failed").inc()
             pause_s = RETRIES_S[delivery.attempt - 1] * (1 + _JITTER * random.random())
-            _log.warning("webhook_failed", again_in_s=round(pause_s), **about)
+            logs.warning("webhook_failed", again_in_s=round(pause_s), **about)
             until = self._clock.now() + timedelta(seconds=pause_s)
             await self._store.put_off_delivery(delivery.id, until)
         return Health.GONE if status == HTTPStatus.GONE else Health.AILING
@@ -156,23 +151,25 @@ class Webhooks:
         """The status that the receiver answers, 0 if it does not, and what is wrong with it in words."""
         body, now = await self._body(delivery), self._clock.now()
         signatures = (each.sign(delivery.id, now, body) for each in self._signers[hook.name])
-        headers = {
-            "content-type": "application/json",
-            "user-agent": "Holdgate",
-            "webhook-id": delivery.id,
-            "webhook-timestamp": str(int(now.timestamp())),
-            "webhook-signature": " ".join(signatures),
-        }
+        headers = [
+            ("content-type", "application/json"),
+            ("user-agent", "Holdgate"),
+            ("webhook-id", delivery.id),
+            ("webhook-timestamp", str(int(now.timestamp()))),
+            ("webhook-signature", " ".join(signatures)),
+        ]
+        receiver, target = self._receivers[hook.name], URL(hook.url).raw_path_qs
         try:
-            async with self._session.post(
-                hook.url, data=body.encode(), headers=headers, allow_redirects=False
-            ) as response:
-                await response.content.read(_ANSWER_BYTES)
-                return response.status, f"it answered {response.status}"
-        except TimeoutError:
+            answer = await receiver.ask("POST", target, headers, body.encode())
+            try:
+                await _read_some(answer)
+            finally:
+                answer.close()
+        except UpstreamTimeout:
             return 0, "it did not answer in time"
-        except (aiohttp.ClientError, OSError) as error:
-            return 0, type(error).__name__
+        except UpstreamError as error:
+            return 0, error.message
+        return answer.status, f"it answered {answer.status}"
 
     async def _body(self, delivery: Delivery) -> str:
         """The event, the same at every attempt: of a task only what does not change any more."""
@@ -189,6 +186,15 @@ class Webhooks:
                 data |= {"policy": alarm.policy, "kind": alarm.kind}
         event = {"type": delivery.kind, "timestamp": delivery.at, "data": data}
         return orjson.dumps(event).decode()
+
+
+async def _read_some(body: AsyncIterator[bytes]) -> None:
+    """Read a body, if it is not long."""
+    size_bytes = 0
+    async for part in body:
+        size_bytes += len(part)
+        if size_bytes > _ANSWER_BYTES:
+            break
 
 
 def _facts(task: TaskRecord, kind: str) -> dict[str, JSON]:
@@ -212,5 +218,5 @@ async def _repeat(act: Callable[[], Awaitable[None]], pause_s: float) -> None:
         try:
             await act()
         except StoreError as error:
-            _log.warning("outbox_not_read", error=error.message)
+            logs.warning("outbox_not_read", error=error.message)
         await asyncio.sleep(pause_s)

@@ -103,9 +103,12 @@ def next_step(
         exchange, results=evidence.results, score=known.score, confidence=known.confidence
     )
     risk = assess(policy, variables)
+    pending = policy.stages[len(evidence.ran) + len(evidence.skipped) :]
+    if not pending:
+        return Settle(evidence, risk, known)
     variables = replace(variables, risk=risk.tier.rank)
     veto = settled_by(policy.stages, evidence.results)
-    for stage in policy.stages[len(evidence.ran) + len(evidence.skipped) :]:
+    for stage in pending:
         applies, reason = stage_applies(policy, stage, variables)
         needless = _needless(policy, stage, evidence, calibrator, draw) if applies else None
         if veto is not None:

@@ -431,7 +431,7 @@ class Policy(Document):
         """SHA-256 (hex) of all that determines its decisions; empty if it was not loaded."""
         return self._digest
 
-    @property
+    @cached_property
     def label(self) -> str:
         """The name and the first 12 digits of the digest, `refunds@0123456789ab`."""
         return f"{self.policy}@{self.digest[:12]}"

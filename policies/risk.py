@@ -26,19 +26,17 @@ def assess(policy: Policy, variables: Variables) -> RiskAssessment:
     rules see the tier reached so far.
     """
     tier = policy.risk.base
-    variables = replace(variables, risk=tier.rank)
     reasons = [Reason("risk", f"base tier {tier}")]
     for rule in policy.risk.raise_:
         if rule.to.rank <= tier.rank:
             continue
         try:
-            holds = policy.expression(rule.when).holds(variables)
+            holds = policy.expression(rule.when).holds(replace(variables, risk=tier.rank))
             why = rule.when
         except MissingValue as missing:
             holds, why = True, f"{rule.when} could not be decided: {missing}"
         if holds:
             tier = rule.to
-            variables = replace(variables, risk=tier.rank)
             reasons.append(Reason("risk", f"raised to {tier}: {why}"))
     return RiskAssessment(tier, tuple(reasons))
 

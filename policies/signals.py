@@ -190,12 +190,15 @@ def token_signals(tokens: Sequence[TokenLogprob] | None, answer: Sequence[int] =
     logprobs = [value for token in tokens if (value := token.logprob) is not None]
     if len(logprobs) < len(tokens):
         return Signals(absent=Absence.PARTIAL if logprobs else Absence.NULL)
-    if isnan(sum(logprobs)) or max(logprobs) > ROUNDING:
+    ordered = sorted(logprobs)
+    if isnan(sum(logprobs)) or ordered[-1] > ROUNDING:
         return Signals(absent=Absence.MALFORMED)
-    values = _sequence(logprobs, answer)
     if _is_constant(logprobs, tokens):
         return Signals(absent=Absence.CONSTANT)
-    return Signals(values | _alternatives(tokens, answer))
+    if ordered[0] < FLOOR or ordered[-1] > 0.0:
+        logprobs = [min(max(each, FLOOR), 0.0) for each in logprobs]
+        ordered = sorted(logprobs)
+    return Signals(_sequence(logprobs, ordered, answer) | _alternatives(tokens, answer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,11 +324,9 @@ _OTHER_SCALES = {
 }
 
 
-def _sequence(logprobs: list[float], answer: Sequence[int]) -> dict[str, float]:
-    ordered = sorted(logprobs)
-    if ordered[0] < FLOOR or ordered[-1] > 0.0:
-        logprobs = [min(max(each, FLOOR), 0.0) for each in logprobs]
-        ordered = sorted(logprobs)
+def _sequence(
+    logprobs: list[float], ordered: list[float], answer: Sequence[int]
+) -> dict[str, float]:
     n = len(logprobs)
     sums = [0.0, *accumulate(logprobs)]
     total = sums[-1]

@@ -10,10 +10,9 @@ import re
 from collections.abc import AsyncIterator, Coroutine
 
 import orjson
-import structlog
 from starlette.types import Receive, Scope, Send
 
-from gateway import sse, wire
+from gateway import logs, sse, wire
 from gateway.api.asgi import Exchange, let_go
 from gateway.auth import Caller
 from gateway.calls import Call, Headers, Held, Patience, Reply, make_call, relayed
@@ -31,8 +30,6 @@ from gateway.recording import new_id
 from gateway.records import DecisionRecord, Role
 from gateway.services import Services
 from policies import Action, Match
-
-_log = structlog.get_logger()
 
 #: Paths that name one response: `/chat/completions/{id}`, `/responses/{id}/input_items`, ...
 _STORED = re.compile(r"/(?:chat/completions|responses)/([^/]+)(/[a-z_]+)?", re.IGNORECASE)
@@ -62,7 +59,7 @@ class OpenAIEdge:
         except Exception as error:
             if exchange.gone:
                 return
-            _log.error("unexpected_error", request_id=exchange.id, exc_info=error)
+            logs.error("unexpected_error", error, request_id=exchange.id)
             if exchange.started:
                 raise
             unexpected = GatewayError("Something went wrong in the gateway; its log says what.")

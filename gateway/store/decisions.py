@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Dialect, Select, Table, exists, insert, or_, 
 from gateway.errors import Conflict, NotFound
 from gateway.records import ApiKey, DecisionRecord, Observed
 from gateway.store import economics
+from gateway.store.engines import driver_of
 from gateway.store.rows import (
     Entry,
     Row,
@@ -45,8 +46,13 @@ def _insert_sql(table: Table, dialect: Dialect) -> str:
 
 
 def _insert(connection: Connection, table: Table, rows: list[Row]) -> None:
-    if rows:
-        connection.exec_driver_sql(_insert_sql(table, connection.dialect), rows)
+    if not rows:
+        return
+    sql = _insert_sql(table, connection.dialect)
+    if connection.dialect.name == "sqlite":
+        driver_of(connection).executemany(sql, rows)
+    else:
+        connection.exec_driver_sql(sql, rows)
 
 
 def log(connection: Connection, audit: list[Row], outgoing: list[Row]) -> None:

@@ -1,18 +1,18 @@
-"""Providers of the OpenAI dialect: original bytes there and back over one pool of connections."""
+"""Providers of the OpenAI dialect: original bytes there and back over kept connections."""
 
 from __future__ import annotations
 
-import io
 import re
-import ssl
-from collections.abc import AsyncIterator, Sequence
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import lru_cache
 from urllib.parse import unquote
 
-import aiohttp
+import zstandard
 from yarl import URL
 
-from gateway.errors import InvalidRequest, UpstreamError, UpstreamTimeout
+from gateway.connections import Server
+from gateway.errors import InvalidRequest, UpstreamError
 from gateway.ports import UpstreamCall, UpstreamResponse
 from gateway.settings import ModelEntry
 
@@ -37,63 +37,38 @@ _NOT_SENT: frozenset[str] = _HOP_BY_HOP | _OVERRIDES | {"host", "expect", "prefe
 _NOT_RELAYED = _HOP_BY_HOP | {"alt-svc"}
 _PATH = re.compile(r"/[^?#\x00-\x20\x7f-\U0010ffff]*")
 _QUERY = re.compile(r"[^#\x00-\x20\x7f-\U0010ffff]*")
-_LARGE_BODY_BYTES = 2**20
 
-
-def open_session() -> aiohttp.ClientSession:
-    """Open a pool of connections that adds nothing to a message: no cookies, no headers of its own.
-
-    Must be called on the event loop that will use it.
-    """
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        skip_auto_headers=("accept", "accept-encoding", "content-type", "user-agent"),
-        auto_decompress=False,
-        read_bufsize=2**18,
-    )
+#: So much of a packed body is unpacked at a time, and so much of a zstd frame is: four bytes of it may stand for 128 KiB.
+_PIECE_BYTES = 2**18
+_ZSTD_BYTES = 64
+_ZSTD_WINDOW_BYTES = 2**23  # what every decoder should accept (RFC 8878, section 3.1.1.1.2)
 
 
 class DirectUpstream:
-    """A server of the OpenAI dialect, as a model entry describes it."""
+    """A server of the OpenAI dialect, as a model entry describes it. To be used on one event loop."""
 
-    def __init__(
-        self, session: aiohttp.ClientSession, entry: ModelEntry, api_key: str | None
-    ) -> None:
-        self._session = session
-        self._base = entry.base_url or OPENAI_URL
-        self._origin = str(URL(self._base).origin())
+    def __init__(self, entry: ModelEntry, api_key: str | None) -> None:
+        base = URL(entry.base_url or OPENAI_URL)
+        self._server = Server(base, entry.timeout_s)
+        self._path = base.raw_path.rstrip("/")
         self._authorization = f"Bearer {api_key}" if api_key else None
         self._dropped = _NOT_SENT | {"authorization"} if api_key else _NOT_SENT
-        times = entry.timeout_s
-        self._timeout = aiohttp.ClientTimeout(
-            total=times.total, connect=times.connect, sock_read=times.read
-        )
 
     async def send(self, call: UpstreamCall) -> UpstreamResponse:
         """See `gateway.ports.Upstream`. A key of the entry replaces the client's `Authorization`.
 
         Raises `InvalidRequest` if the path would leave the base URL.
         """
-        url = _url(self._base, call.path, call.query)
-        try:
-            response = await self._session.request(
-                call.method,
-                url,
-                headers=self._headers(call),
-                data=_payload(call.body),
-                timeout=self._timeout,
-                allow_redirects=False,
-                auto_decompress=call.readable,
-            )
-        except (aiohttp.ClientError, OSError) as error:
-            raise _explained(error, self._origin) from error
-        return UpstreamResponse(
-            response.status,
-            _relayed(response, unpacked=call.readable),
-            _Body(response.content, self._origin),
-            response.close,
-        )
+        target = self._path + _target(call.path, call.query)
+        incoming = await self._server.ask(call.method, target, self._headers(call), call.body)
+        encoding = dict(incoming.headers).get("content-encoding", "") if call.readable else ""
+        body: AsyncIterator[bytes] = incoming
+        dropped = _NOT_RELAYED
+        if encoding:
+            body = _unpacked(incoming, encoding, self._server.origin)
+            dropped = dropped | {"content-encoding", "content-length"}
+        headers = _end_to_end(incoming.headers, dropped)
+        return UpstreamResponse(incoming.status, headers, body, incoming.close)
 
     def _headers(self, call: UpstreamCall) -> list[tuple[str, str]]:
         dropped = self._dropped
@@ -101,56 +76,24 @@ class DirectUpstream:
             dropped = dropped | {"accept-encoding"}
         if isinstance(call.body, bytes):
             dropped = dropped | {"content-length"}
-        headers = [(name, _utf8(value)) for name, value in _end_to_end(call.headers, dropped)]
+        headers = _end_to_end(call.headers, dropped)
         if self._authorization:
             headers.append(("authorization", self._authorization))
         if call.readable:
             headers.append(("accept-encoding", "identity"))
         return headers
 
-
-class _Body:
-    """The bytes of a response as they arrive, with the errors of the connection made ours."""
-
-    __slots__ = ("_content", "_origin")
-
-    def __init__(self, content: aiohttp.StreamReader, origin: str) -> None:
-        self._content = content
-        self._origin = origin
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        try:
-            chunk = await self._content.readany()
-        except (aiohttp.ClientError, OSError) as error:
-            raise _explained(error, self._origin) from error
-        if not chunk:
-            raise StopAsyncIteration
-        return chunk
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._server.close()
 
 
 @lru_cache(maxsize=128)
-def _url(base: str, path: str, query: str) -> URL:
+def _target(path: str, query: str) -> str:
     segments = unquote(path).replace("\\", "/").split("/")
     if not (_PATH.fullmatch(path) and _QUERY.fullmatch(query)) or {".", ".."} & set(segments):
         raise InvalidRequest(f"The path {path[:200]!r} cannot be forwarded.", code="invalid_path")
-    return URL(f"{base}{path}?{query}" if query else base + path, encoded=True)
-
-
-def _utf8(value: str) -> str:
-    """Undo our server's reading of a value as Latin-1, because aiohttp writes UTF-8."""
-    return value if value.isascii() else value.encode("latin-1", "replace").decode(errors="replace")
-
-
-def _payload(
-    body: bytes | AsyncIterator[bytes],
-) -> bytes | io.BytesIO | AsyncIterator[bytes] | None:
-    """Give aiohttp large bodies as a file, which it writes piece by piece."""
-    if isinstance(body, bytes) and len(body) > _LARGE_BODY_BYTES:
-        return io.BytesIO(body)
-    return body or None
+    return f"{path}?{query}" if query else path
 
 
 def _end_to_end(
@@ -169,38 +112,72 @@ def _end_to_end(
     return [(key, value) for key, value in kept if key not in dropped]
 
 
-def _relayed(response: aiohttp.ClientResponse, *, unpacked: bool) -> list[tuple[str, str]]:
-    dropped = _NOT_RELAYED
-    if unpacked and "content-encoding" in response.headers:
-        dropped = dropped | {"content-encoding", "content-length"}
-    raw = [
-        (name.decode("latin-1"), value.decode("latin-1")) for name, value in response.raw_headers
-    ]
-    return _end_to_end(raw, dropped)
+async def _unpacked(
+    packed: AsyncIterator[bytes], encoding: str, origin: str
+) -> AsyncIterator[bytes]:
+    """What a provider packed though it was asked not to, in pieces of bounded size."""
+    unpack = _UNPACKING.get(encoding.strip().lower())
+    message = f"{origin} packed its response in a way that cannot be read, though it was asked not to pack it."
+    try:
+        if unpack is None:
+            raise ValueError(encoding)
+        unpacking = unpack()
+        async for data in packed:
+            for piece in unpacking.feed(data):
+                yield piece
+        unpacking.finish()
+    except (ValueError, zlib.error, zstandard.ZstdError) as error:
+        raise UpstreamError(message) from error
 
 
-def _explained(error: Exception, origin: str) -> UpstreamError:
-    """Return an error of the connection as one of ours, without headers, paths or queries."""
-    match error:
-        case aiohttp.ConnectionTimeoutError():
-            message = f"{origin} did not accept a connection in time."
-        case TimeoutError():
-            return UpstreamTimeout(f"{origin} did not answer in time.")
-        case aiohttp.ClientSSLError() | ssl.SSLError() | aiohttp.ServerFingerprintMismatch():
-            message = f"No trusted TLS connection to {origin} can be made."
-        case aiohttp.ClientConnectorError():
-            reason = error.os_error.strerror or type(error.os_error).__name__
-            message = f"Could not connect to {origin}: {reason}."
-        case aiohttp.ClientPayloadError() | aiohttp.ClientResponseError() if (
-            "content-encoding" in str(error)
-        ):
-            message = f"{origin} packed its response in a way that cannot be read, though it was asked not to pack it."
-        case aiohttp.ServerDisconnectedError():
-            message = f"{origin} closed the connection before it answered."
-        case aiohttp.ClientPayloadError():
-            message = f"{origin} broke off in the middle of its response."
-        case aiohttp.ClientResponseError():
-            message = f"{origin} sent something that is not HTTP."
-        case _:
-            message = f"The connection to {origin} failed ({type(error).__name__})."
-    return UpstreamError(message)
+class _Zlib:
+    """Unpacks gzip (RFC 1952), or what HTTP calls deflate (RFC 9110, section 8.4.1.2), with zlib's header or without."""
+
+    def __init__(self, *, is_gzip: bool) -> None:
+        self._wbits = 31 if is_gzip else None
+        self._unpacking: zlib._Decompress | None = None
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """What can be told now that more has come."""
+        while data:
+            if self._unpacking is None:
+                self._wbits = self._wbits or (15 if data[0] & 15 == 8 else -15)
+                self._unpacking = zlib.decompressobj(self._wbits)
+            if piece := self._unpacking.decompress(data, _PIECE_BYTES):
+                yield piece
+            data = self._unpacking.unconsumed_tail
+            if self._unpacking.eof:
+                # The next member of a gzip file, or nothing.
+                data, self._unpacking = self._unpacking.unused_data, None
+
+    def finish(self) -> None:
+        """Raise `ValueError` if something is missing."""
+        if self._unpacking is not None:
+            raise ValueError("the end is missing")
+
+
+class _Zstd:
+    """Unpacks a zstd frame (RFC 8878)."""
+
+    def __init__(self) -> None:
+        opened = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
+        self._unpacking = opened.decompressobj()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """What can be told now that more has come."""
+        for start in range(0, len(data), _ZSTD_BYTES):
+            if piece := self._unpacking.decompress(data[start : start + _ZSTD_BYTES]):
+                yield piece
+
+    def finish(self) -> None:
+        """Raise `ValueError` if something is missing."""
+        if not self._unpacking.eof:
+            raise ValueError("the end is missing")
+
+
+_UNPACKING: dict[str, Callable[[], _Zlib | _Zstd]] = {
+    "gzip": lambda: _Zlib(is_gzip=True),
+    "x-gzip": lambda: _Zlib(is_gzip=True),
+    "deflate": lambda: _Zlib(is_gzip=False),
+    "zstd": _Zstd,
+}

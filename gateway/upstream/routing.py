@@ -26,7 +26,7 @@ from tenacity import (
 from gateway.errors import InvalidRequest, NotFound, UpstreamError, UpstreamTimeout
 from gateway.ports import Attempt, Upstream, UpstreamCall, UpstreamResponse
 from gateway.settings import ModelEntry, Settings
-from gateway.upstream.direct import DirectUpstream, open_session
+from gateway.upstream.direct import DirectUpstream
 
 #: A provider that asks for a longer pause is not asked again; the caller is told, and decides.
 LONGEST_PAUSE_S = 20.0
@@ -42,25 +42,18 @@ class Router:
     """Sends each call to the provider that the settings name for its model."""
 
     def __init__(self, settings: Settings) -> None:
-        """Open the connection pool, and load litellm if a provider needs it.
-
-        Must be called on the event loop. Raises `SettingsError` for an unknown provider.
-        """
+        """Load litellm if a provider needs it. Raises `SettingsError` for an unknown provider."""
         self._entries = settings.models
         self._logprobs = LogprobSupport()
         self._open = AsyncExitStack()
         keys = [settings.secret(entry.api_key_env) for entry in self._entries]
-        providers = [self._provider(*pair) for pair in zip(self._entries, keys, strict=True)]
-        session = open_session()
-        self._open.push_async_callback(session.close)
-        self._upstreams = [
-            provider or DirectUpstream(session, entry, key)
-            for provider, entry, key in zip(providers, self._entries, keys, strict=True)
-        ]
+        self._upstreams = [self._upstream(*pair) for pair in zip(self._entries, keys, strict=True)]
 
-    def _provider(self, entry: ModelEntry, api_key: str | None) -> Upstream | None:
+    def _upstream(self, entry: ModelEntry, api_key: str | None) -> Upstream:
         if entry.provider == "openai":
-            return None
+            direct = DirectUpstream(entry, api_key)
+            self._open.push_async_callback(direct.close)
+            return direct
         from gateway.upstream import providers  # noqa: PLC0415 - 3 s and 150 MB, for who needs it
 
         self._open.push_async_callback(providers.close_connections)
@@ -200,6 +193,8 @@ def with_model(body: bytes, model: str) -> bytes:
 def _addressed(call: UpstreamCall, name: str | None, entry: ModelEntry) -> UpstreamCall:
     """Address a call to one provider, which gets the client's key only if the client chose it."""
     sent = entry.rename or name
+    if sent in (None, call.model) and name == call.model:
+        return call
     if call.model is None or not isinstance(call.body, bytes) or sent is None:
         return call
     headers = call.headers

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from gateway.store import SqlStore, open_store
 from gateway.store.engines import Engine
@@ -15,6 +16,19 @@ from tests.gateway.stores import engine_of
 from tests.services import Postgres, new_sqlite, postgres, redis_server
 
 __all__ = ["postgres", "redis_server"]
+
+
+#: Tests of what speaks to sockets itself run on the event loop that the gateway runs on.
+_ON_SOCKETS = ("test_connections", "test_upstream")
+
+
+def pytest_asyncio_loop_factories(
+    item: pytest.Item,
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Which event loop a test runs on."""
+    if item.path.stem in _ON_SOCKETS:
+        return {"uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}
 
 
 @pytest.fixture

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-from structlog.testing import capture_logs
+import pytest
 
 from gateway.app import kept_running
 
 
-async def test_background_work_that_breaks_is_told_of_and_run_again() -> None:
+async def test_background_work_that_breaks_is_told_of_and_run_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     again, runs = asyncio.Event(), 0
 
     async def work() -> None:
@@ -20,10 +22,9 @@ async def test_background_work_that_breaks_is_told_of_and_run_again() -> None:
         again.set()
         await asyncio.Event().wait()
 
-    with capture_logs() as logs:
-        running = asyncio.create_task(kept_running(work, pause_s=0))
-        await asyncio.wait_for(again.wait(), 5)
+    running = asyncio.create_task(kept_running(work, pause_s=0))
+    await asyncio.wait_for(again.wait(), 5)
     running.cancel()
     await asyncio.wait([running])
     assert running.cancelled()
-    assert [each["event"] for each in logs] == ["background_work_broke"]
+    assert [each.message for each in caplog.records] == ["background_work_broke"]

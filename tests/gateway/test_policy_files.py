@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-import structlog
-from structlog.typing import EventDict
 
 from gateway import policy_files
 from gateway.policy_files import PolicyFiles, load
@@ -144,19 +144,19 @@ def test_files_a_policy_names_are_read_beside_its_folder_only(
 # ------------------------------------------------------------------------------------------------- reloading
 
 
-class Watched:
+class Watched(logging.Handler):
     """Policies whose folders are watched, and what was logged of them."""
 
     def __init__(self, files: PolicyFiles) -> None:
+        super().__init__()
         self.files = files
-        self.logged: list[EventDict] = []
+        self.logged: list[dict[str, Any]] = []
         self._told = asyncio.Event()
 
-    def __call__(self, logger: object, method: str, event: EventDict) -> EventDict:
+    def emit(self, record: logging.LogRecord) -> None:
         """Note down what is logged."""
-        self.logged.append(event)
+        self.logged.append({"event": record.getMessage(), **vars(record)["fields"]})
         self._told.set()
-        raise structlog.DropEvent
 
     @property
     def names(self) -> list[str]:
@@ -179,16 +179,17 @@ class Watched:
 async def watched(root: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watched]:
     monkeypatch.setattr(policy_files, "_POLL_S", 0.01)
     seen = Watched(PolicyFiles(root / "policies", root / "calibrators"))
-    processors = structlog.get_config()["processors"]
-    before = processors[:]
-    processors[:] = [seen]
+    logger = logging.getLogger("holdgate")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(seen)
     watching = asyncio.create_task(seen.files.watch())
     try:
         yield seen
         assert not watching.done(), watching
     finally:
         watching.cancel()
-        processors[:] = before
+        logger.removeHandler(seen)
+        logger.setLevel(logging.NOTSET)
 
 
 async def test_an_edit_takes_effect(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

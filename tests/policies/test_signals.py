@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import get_args
@@ -29,7 +30,7 @@ from policies.signals import (
     token_signals,
 )
 from tests.policies.build import exchange, tokens
-from validators import Choice, Exchange, Passage, TokenLogprob, ToolCall
+from validators import Choice, Exchange, Passage, TokenLogprob, ToolCall, TopLogprob
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "openai_logprobs.json"
 LOGPROBS = st.floats(min_value=-50, max_value=0)
@@ -396,3 +397,46 @@ def test_a_provider_that_is_always_certain_says_nothing_of_fields() -> None:
 )
 def test_there_are_no_fields_where_there_is_nothing_to_tell(choice: Choice) -> None:
     assert field_signals(of(choice)) == ()
+
+
+# ------------------------------------------------------------------------------------------------- whatever comes
+
+NUMBERS = st.none() | st.floats() | st.sampled_from([0.0, -0.1, -9999.0])
+TEXTS = st.sampled_from(
+    ['{"a": ', "1", "[", "]", "}", "é", "\ufffd", "\\xc3", "", " ", "```json\n", "B)"]
+)
+RAWS = st.sampled_from([b"null", b"[195]", b"[169]", b"[999]", b'"x"', b"[]"])
+TOKENS = st.builds(
+    TokenLogprob,
+    NUMBERS,
+    TEXTS | st.text(max_size=3),
+    st.none() | st.lists(st.builds(TopLogprob, NUMBERS), max_size=3),
+    st.builds(msgspec.Raw, RAWS),
+)
+PASSAGES = st.builds(Passage, st.just("p"), st.lists(TEXTS | st.text(max_size=3)).map("".join))
+CHOICES = st.builds(
+    Choice,
+    st.just("c"),
+    texts=st.lists(PASSAGES, max_size=2).map(tuple),
+    refusals=st.lists(PASSAGES, max_size=1).map(tuple),
+    tool_calls=st.lists(st.builds(ToolCall, st.just("f"), PASSAGES), max_size=2).map(tuple),
+    logprobs=st.none() | st.lists(TOKENS, max_size=12),
+)
+
+
+@given(st.lists(CHOICES, max_size=3), st.booleans())
+def test_whatever_a_provider_sends_gives_numbers_or_says_why_not(
+    choices: list[Choice], repeats_itself: bool
+) -> None:
+    if repeats_itself:
+        choices = [
+            replace(each, texts=(Passage("p", "".join(one.token for one in each.logprobs or ())),))
+            for each in choices
+        ]
+    found = signals(of(*choices))
+    assert (found.absent is None) == bool(found.values)
+    assert set(found.values) <= set(get_args(SignalName))
+    assert all(math.isfinite(feature(name, value)) for name, value in found.values.items())
+    for field in field_signals(of(*choices)):
+        assert 0.0 <= field.token_probability <= field.least_probability <= 1.0
+        assert field.n_tokens >= 1
