@@ -40,7 +40,7 @@ from policies.fitting import fit as fitted
 from policies.labelled import Labelled
 from policies.maps import log_loss
 from policies.model import Name
-from policies.suspects import Suspect
+from policies.suspects import Suspect, suspected
 
 OK, MISSED = 0, 3
 
@@ -360,7 +360,8 @@ def propose(
     _written(path, calibrator)
     compared = _compared(wanted, current, calibrator, held_out)
     tell(calibrator, diagnostics, found.about, path)
-    waiting = _ask_again(settings, diagnostics.suspects) if from_reviews else 0
+    doubted = (*diagnostics.suspects, *_doubted(calibrator, held_out))
+    waiting = _ask_again(settings, doubted) if from_reviews else 0
     if why := compared.refusal(calibrator, waiting):
         err.print(f"Not proposed: {why}.", style="red", markup=False, soft_wrap=True)
         return MISSED
@@ -425,6 +426,13 @@ def _compared(
         if current is not None and applies
         else None,
     )
+
+
+def _doubted(calibrator: Calibrator, held_out: Sequence[Labelled]) -> tuple[Suspect, ...]:
+    """The suspect ones of labels that the calibrator has not seen."""
+    usable = [row for row in held_out if calibrator.lacks(row.signals) is None]
+    confidence = [calibrator.confidence(row.signals, row.check_scores) for row in usable]
+    return suspected(usable, np.array(confidence))
 
 
 def _returning(calibrator: Calibrator, row: Labelled) -> Certificate | None:
