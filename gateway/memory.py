@@ -21,7 +21,7 @@ from policies.monitoring import (
     ErrorCusum,
     miscalibration,
 )
-from policies.signals import JUDGE
+from policies.signals import ALWAYS, JUDGE
 from validators import JSON
 
 _MAX_SIGNALS = 8
@@ -92,7 +92,9 @@ class Memory:
         first = next((row for row in rows if row.values), None)
         if self.signals is None and first is not None:
             judges = [JUDGE + judge.id for judge in policy.judges]
-            needed = calibrator.score.signals if calibrator else sorted(first.values)
+            # Without an artefact that says what matters: first what every response has.
+            known = sorted(first.values, key=lambda name: (name not in ALWAYS, name))
+            needed = calibrator.score.signals if calibrator else known
             names = dict.fromkeys([*judges, *needed])
             extra = [name for name in names if name not in ("confidence", "score")]
             self.signals = ("confidence", "score", *extra[:_MAX_SIGNALS])

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Annotated, NamedTuple, TypeVar
 
 import typer
-from rich.table import Table
 
 from gateway import economics
 from gateway.audits import artefact_of
+from gateway.calibrating.applying import newest_proposal
 from gateway.errors import GatewayError, NotFound
 from gateway.labels import LabelError, Line, imported, read_lines
 from gateway.monitors import resumed
 from gateway.policy_files import Loaded, load
 from gateway.quality import TARGETS, Quality, measured
 from gateway.records import Alarm, Standing
+from gateway.settings import Settings
 from gateway.store import SqlStore, open_store
 from gateway.terminal import ConfigOption, config_path, fail, out, settings_at
 from policies import AuditLevel, CalibrationError, Calibrator, Mode, Policy, PolicyError, staleness
@@ -155,19 +156,26 @@ def status(
     found = with_store(config, act)
     for policy in loaded.policies.policies:
         out.print(f"[b]{policy.policy}[/b] ({policy.mode.value})")
-        for line in _lines(policy, loaded, found, now):
-            out.print(f"  {line}", markup=False, highlight=False)
-    out.print(_metrics(found.quality))
+        for line in _lines(policy, loaded, found, now, settings):
+            out.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"all: {_metrics(found.quality[''])}", markup=False, highlight=False, soft_wrap=True)
+    targets = ", ".join(f"{name.replace('_', ' ')} {target}" for name, target in TARGETS.items())
+    out.print(f"targets: {targets}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"Metrics since {at.isoformat(timespec='seconds')}; docs/metrics.md defines them.")
 
 
-def _lines(policy: Policy, loaded: Loaded, found: _Found, now: datetime) -> Iterator[str]:
+def _lines(
+    policy: Policy, loaded: Loaded, found: _Found, now: datetime, settings: Settings
+) -> Iterator[str]:
     calibrator = loaded.calibrators.get(policy.confidence.calibrator or "")
     standing = found.standings.get(policy.policy)
     labelled, wrong = found.counts.get(policy.policy, (0, 0))
     yield f"stage: {_stage(policy, calibrator, labelled, wrong)}"
     yield f"labels: {labelled}, of which {wrong} not acceptable{_missing(labelled, wrong)}"
     yield f"calibrator: {_artefact(policy, calibrator, now)}"
+    if (proposal := newest_proposal(settings, policy.policy, calibrator)) is not None:
+        path, proposed = proposal
+        yield f"proposed: {_artefact(policy, proposed, now)}; `holdgate calibrate apply {path} --policy {policy.policy}`"
     if calibrator is not None:
         for each in calibrator.certificates:
             yield f"certificate: {_certificate(each)}"
@@ -178,6 +186,8 @@ def _lines(policy: Policy, loaded: Loaded, found: _Found, now: datetime) -> Iter
     yield f"audits: {f'{level.value}, ' if policy.audit.adaptive else ''}{rate:.0%} of what is returned"
     if standing and standing.suspended and standing.artefact == artefact_of(calibrator):
         yield f"suspended: {standing.suspended}; `holdgate calibrate resume {policy.policy}` or a new artefact lifts it"
+    if (quality := found.quality.get(policy.policy)) is not None:
+        yield f"metrics: {_metrics(quality)}"
     for alarm in found.alarms:
         if alarm.policy == policy.policy:
             yield f"ALARM {alarm.kind} since {alarm.at.isoformat(timespec='seconds')}: {alarm.message}"
@@ -187,11 +197,11 @@ def _stage(policy: Policy, calibrator: Calibrator | None, labelled: int, wrong: 
     """Where on the path observe, enough labels, route, cascade."""
     if calibrator is None:
         enough = labelled >= LABELS_NEEDED and wrong >= ERRORS_NEEDED
-        path = (
-            "enough labels: fit a calibrator (holdgate calibrate fit)"
-            if enough
-            else "collecting labels"
-        )
+        path = "collecting labels"
+        if enough:
+            path = "enough labels: fit a calibrator (holdgate calibrate fit)"
+        elif not policy.audit.rate:
+            path += ", but nothing that is returned is reviewed: set `audit`"
         return f"{'observing' if policy.mode is Mode.OBSERVE else 'enforcing without confidence'}, {path}"
     if policy.mode is Mode.OBSERVE:
         return "calibrated and observing; `mode: enforce` lets it route"
@@ -232,38 +242,20 @@ def _certificate(each: Certificate) -> str:
     return f"{where + ': ' if where else ''}{promise}; {threshold}"
 
 
-def _metrics(found: dict[str, Quality]) -> Table:
-    table = Table("policy")
-    names = (
-        "decisions",
-        "escalation",
-        "auto-resolve",
-        "error escape",
-        "interval",
-        "review p50 s",
-        "p95 s",
+def _metrics(each: Quality) -> str:
+    """The metrics that are known; nothing but the count if none is."""
+    escape = each.error_escape
+    interval = f" ({escape.low:.2%} to {escape.high:.2%})" if escape.high < 1.0 else ""
+    known = (
+        ("escalation", _percent(each.escalation_rate)),
+        ("auto-resolve", _percent(each.auto_resolve_rate)),
+        ("error escape", _percent(escape.estimate) + interval if escape.reviewed else ""),
+        ("review p50", _seconds(each.review_p50_s)),
+        ("p95", _seconds(each.review_p95_s)),
+        ("agreement", _percent(each.reviewer_agreement)),
+        ("feedback used", _percent(each.feedback_utilisation)),
     )
-    for name in (*names, "agreement", "feedback used"):
-        table.add_column(name, justify="right")
-    for name, each in found.items():
-        escape = each.error_escape
-        interval = f"{escape.low:.2%} to {escape.high:.2%}" if name and escape.reviewed else ""
-        table.add_row(
-            name or "all",
-            str(each.decisions),
-            _percent(each.escalation_rate),
-            _percent(each.auto_resolve_rate),
-            _percent(escape.estimate),
-            interval,
-            _seconds(each.review_p50_s),
-            _seconds(each.review_p95_s),
-            _percent(each.reviewer_agreement),
-            _percent(each.feedback_utilisation),
-        )
-    targets = [TARGETS[name] for name in ("escalation_rate", "auto_resolve_rate", "error_escape")]
-    latency, rest = TARGETS["review_latency"], [TARGETS["reviewer_agreement"], "monthly"]
-    table.add_row("target", "", *targets, "", "", latency, *rest)
-    return table
+    return ", ".join([f"{each.decisions} decisions", *(f"{n} {v}" for n, v in known if v)])
 
 
 def _percent(share: float | None) -> str:
@@ -271,4 +263,4 @@ def _percent(share: float | None) -> str:
 
 
 def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}"
+    return "" if value is None else f"{value:.0f} s"

@@ -25,6 +25,7 @@ from gateway.settings import Settings
 from gateway.spending import Prices
 from policies import (
     Action,
+    CalibrationError,
     Calibrator,
     Evidence,
     Policy,
@@ -263,6 +264,24 @@ def apply(settings: Settings, change: Change) -> Path:
 
 def _history(settings: Settings, name: str) -> Path:
     return settings.policies.parent / "history" / name
+
+
+def proposals(settings: Settings, name: str) -> Path:
+    """Where the proposals for a policy are, and the reports on all that were tried."""
+    return settings.policies.parent / "proposals" / name
+
+
+def newest_proposal(
+    settings: Settings, name: str, current: Calibrator | None
+) -> tuple[Path, Calibrator] | None:
+    """The newest proposal for a policy that is newer than its calibrator in force; what cannot be read is none."""
+    found = []
+    for path in proposals(settings, name).glob("*.json"):
+        with suppress(OSError, UnicodeDecodeError, CalibrationError):
+            each = load_calibrator(path.read_text("utf-8"), file=str(path))
+            if current is None or each.created_at > current.created_at:
+                found.append((each.created_at, path, each))
+    return max(found, key=lambda each: each[:2])[1:] if found else None
 
 
 def _keep(settings: Settings, change: Change) -> Path:

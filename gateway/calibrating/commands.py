@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
 from math import nan
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +16,7 @@ import typer
 from rich.table import Table
 
 from gateway import terminal
-from gateway.calibrating import applying
+from gateway.calibrating import applying, renewing
 from gateway.errors import GatewayError
 from gateway.records import DecisionRecord
 from gateway.settings import Settings
@@ -21,6 +24,7 @@ from gateway.store import open_store
 from gateway.terminal import ConfigOption, config_path, err, fail, settings_at
 from policies import Action, CalibrationError, PolicyError, RiskTier
 from policies.calibration import OTHERS
+from policies.model import parse_duration_s
 
 calibrate = typer.Typer(
     no_args_is_help=True,
@@ -138,6 +142,77 @@ def propose(
     if status == work.OK and do_apply:
         apply(out, policy, yes=True, config=config)
     raise typer.Exit(status)
+
+
+@calibrate.command()
+def renew(
+    policy: Annotated[str | None, typer.Option(help="only that policy; default: all")] = None,
+    labels: Annotated[
+        int, typer.Option(min=1, help="how many newly reviewed responses make it due")
+    ] = 500,
+    every: Annotated[
+        str | None, typer.Option(help="stay, and look again so often, such as 1h; default: once")
+    ] = None,
+    do_apply: Annotated[
+        bool, typer.Option("--apply", help="bring into force what is better")
+    ] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Propose a new calibrator, as `calibrate propose` does, for each policy that has enough new labels since the last.
+
+    After an alarm that has suspended the calibrator 150 are enough. Proposals go to proposals/POLICY/ beside the policies folder;
+    `holdgate status` names them. Exits 0; without --every 1 if something went wrong, which with it is only told.
+    """
+    _work()
+    pause_s = _pause_s(every) if every is not None else None
+    settings = _settings(config)
+    while True:
+        is_well = _renewed(settings, policy, labels, config, do_apply=do_apply)
+        if pause_s is None:
+            raise typer.Exit(0 if is_well else 1)
+        time.sleep(pause_s)
+
+
+def _pause_s(every: str) -> float:
+    try:
+        pause_s = parse_duration_s(every)
+    except ValueError as error:
+        fail(f"--every {every}: {error}")
+    if not isinstance(pause_s, float) or pause_s < 1:
+        fail(f"--every {every}: no more often than every second")
+    return pause_s
+
+
+def _renewed(
+    settings: Settings, policy: str | None, labels: int, config: Path | None, *, do_apply: bool
+) -> bool:
+    """Look once, and propose what is due; whether nothing went wrong. What did is told."""
+    work, is_well = _work(), True
+    found: list[renewing.Due] = []
+    with suppress(typer.Exit), work.told():
+        is_well = False
+        found = renewing.due(settings, policy, labels, datetime.now(UTC))
+        is_well = True
+    for each in found:
+        terminal.out.print(f"{each.policy}: {each.why}", markup=False, soft_wrap=True)
+        done = False
+        with suppress(typer.Exit), work.told():
+            _make(each.path.parent)
+            status = work.propose(settings, each.policy, None, None, each.path, from_reviews=True)
+            if status != work.OK:
+                each.path.unlink(missing_ok=True)
+            elif do_apply:
+                apply(each.path, each.policy, yes=True, config=config)
+            done = True
+        is_well = is_well and done
+    return is_well
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{folder}: cannot be made: {error.strerror}")
 
 
 @calibrate.command()

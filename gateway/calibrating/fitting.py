@@ -68,11 +68,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Where the labels come from: a file, or the store if that is None; and those there were."""
+    """The labels there were, signals of recent responses, and where they come from; `doubt` says why not to rely on them."""
 
     rows: list[Labelled]
     recent: list[Mapping[str, float]]
     about: tuple[str, str]
+    doubt: str | None = None
 
 
 @contextmanager
@@ -124,6 +125,7 @@ async def _stored(url: str, policy: Policy, since: datetime | None) -> Labels:
     try:
         rows, unknown = await reviewed(store, policy, since)
         recent = await store.recent(policy.policy, _RECENT)
+        alarms = [each for each in await store.open_alarms() if each.policy == policy.policy]
     finally:
         await store.close()
     if unknown:
@@ -132,7 +134,8 @@ async def _stored(url: str, policy: Policy, since: datetime | None) -> Labels:
         )
     signals = (_signals(each.detail) for each in recent)
     about = ("labels", f"of policy {policy.policy}, from the store")
-    return Labels(rows, [each for each in signals if each], about)
+    doubts = [each.message for each in alarms if each.kind == "reviewers"]
+    return Labels(rows, [each for each in signals if each], about, next(iter(doubts), None))
 
 
 def _signals(detail: Mapping[str, Any]) -> Mapping[str, float]:
@@ -340,14 +343,18 @@ def propose(
     """Fit a calibrator to the labels given since the one in force was fitted, and say whether it is better.
 
     Two thirds of the labels, by a hash of their ids, fit it; on the others it must have the lower log loss and keep its promise.
-    Without a target it is that of the certificate in force, with one for each tier or task if that has.
-    Other reviewers are asked about suspect labels from reviews; a calibrator that would return less waits for them. The exit status: 0 if it is to be taken, 3 if not.
+    None is while reviewers do not agree with each other. Other reviewers are asked about suspect labels from reviews; a
+    calibrator that would return less waits for them. Without a target it is that of the certificate in force, with one for
+    each tier or task if that has. The exit status: 0 if it is to be taken, 3 if not.
     """
     loaded = applying.in_force(settings)
     wanted = applying.policy_named(loaded, policy)
     current = loaded.calibrators.get(wanted.confidence.calibrator or "")
     since = current.created_at if current else None
     found = labels_of(settings, wanted, labels, from_reviews=from_reviews, since=since)
+    if found.doubt is not None:
+        err.print(f"Not proposed: {found.doubt}.", style="red", markup=False, soft_wrap=True)
+        return MISSED
     fit_to = [row for row in found.rows if _draw(row) < _FITTED_TO]
     held_out = [row for row in found.rows if _draw(row) >= _FITTED_TO]
     if len(held_out) < LEAST:

@@ -252,6 +252,7 @@ async def test_an_observing_policy_that_adapts_is_audited_in_full_and_told_of(
     assert "audited (observe) stage: observing, collecting labels" in words
     assert "labels: 3, of which 1 not acceptable; to fit a calibrator: 197 more labels" in words
     assert "audits: tightened, 100% of what is returned" in words
+    assert "metrics: 4 decisions, escalation 0.0%, auto-resolve 100.0%, error escape 33.3%" in words
     ready = (await world.clients["ann"].get("/readyz")).json()
     assert ready["alarms"] == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import orjson
@@ -24,6 +24,7 @@ from gateway.telemetry import Metrics
 from policies import Action, AuditLevel, Calibrator, Policy, PolicySet, load_calibrator
 from policies.auditing import LEAST_OF_RATE
 from policies.calibration import Knot
+from policies.signals import ALWAYS, SignalName
 from tests.fakes import FakeClock, Says
 from tests.gateway.rig import Fixed, Rig, a_call, a_policy, broken, says
 from tests.gateway.stores import a_decision, a_resolution, a_task, engine_of, rows
@@ -437,3 +438,10 @@ async def test_what_is_less_sure_is_audited_more_often_and_the_same_draw_decides
 def test_artefacts_of_one_name_are_told_apart() -> None:
     assert artefact_of(None) is None
     assert artefact_of(CALIBRATOR) != artefact_of(REFITTED)
+
+
+def test_without_an_artefact_what_every_response_has_is_watched_first() -> None:
+    values = dict.fromkeys(get_args(SignalName), -1.0)
+    memory = Memory(NOW)
+    watched = memory.read([Observed("hgd_1", NOW, values)], POLICY, None)
+    assert set(watched) == {"confidence", "score", *ALWAYS}
