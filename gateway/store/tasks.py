@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, case, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, case, func, insert, or_, select, update
 
 from gateway.errors import Conflict, NotFound
 from gateway.records import (
@@ -244,10 +244,15 @@ def _free_for(reviewer: str, now: datetime) -> ColumnElement[bool]:
 
 def _unprejudiced(reviewer: str) -> ColumnElement[bool]:
     """Whether a task is not a second opinion on what the reviewer has judged before."""
-    judged = exists().where(
-        given_labels.c.decision_id == tasks.c.decision_id, given_labels.c.labeller == reviewer
+    # A count, because PostgreSQL would read all labels of the reviewer for an EXISTS.
+    judged = (
+        select(func.count())
+        .where(
+            given_labels.c.decision_id == tasks.c.decision_id, given_labels.c.labeller == reviewer
+        )
+        .scalar_subquery()
     )
-    return (tasks.c.round == 0) | ~judged
+    return (tasks.c.round == 0) | (judged == 0)
 
 
 def ask_again(connection: Connection, new_ids: Mapping[str, str], now: datetime) -> Asked:

@@ -21,7 +21,7 @@ from sqlalchemy import Connection, event, text
 
 from gateway.errors import SettingsError, StoreError
 from gateway.records import Resolution, Verdict
-from gateway.store import SqlStore, decisions, labels, open_store, outbox, tasks
+from gateway.store import SqlStore, decisions, labels, open_store, tasks
 from gateway.store import rows as stored
 from gateway.store.engines import Engine
 from gateway.store.schema import REVISION, metadata
@@ -130,7 +130,6 @@ QUERIES: dict[str, tuple[Callable[[Connection], object], str]] = {
         partial(tasks.queue, now=NOW, limit=20, reviewer="ann"),
         "ix_tasks_queue",
     ),
-    "announce_samples": (partial(outbox.is_ready, every=500), "labels"),
     "expire_due": (partial(tasks.due, now=later(700), limit=20), "ix_tasks_due_at"),
     "erase_due": (partial(decisions.to_erase, now=later(2001), limit=20), "ix_decisions_erase_at"),
     "labels_after": (
