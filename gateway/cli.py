@@ -102,7 +102,7 @@ def demo(
     once: Annotated[bool, typer.Option(help="end after the table instead of staying up")] = False,
 ) -> None:
     """Show every action on a scripted model: no key, no network."""
-    from gateway.demo.show import show  # noqa: PLC0415 - needs the optional `openai` client
+    from gateway.demo.show import show  # noqa: PLC0415 - needs the extra `demo`
 
     raise typer.Exit(show(port, once=once))
 
@@ -115,7 +115,7 @@ def demo_learn(
     seed: Annotated[int, typer.Option(help="in which order the orders come")] = 1,
 ) -> None:
     """Learn from reviews on a real, small model: observe, calibrate, enforce, and see the promise kept and the drift found."""
-    from gateway.demo.learn import learn  # noqa: PLC0415 - needs the extra `analysis`
+    from gateway.demo.learn import learn  # noqa: PLC0415 - needs `demo` and `analysis`
 
     raise typer.Exit(learn(results, seed))
 
@@ -126,7 +126,7 @@ def demo_upstream(
     host: Annotated[str, typer.Option()] = "127.0.0.1",
 ) -> None:
     """Run the scripted upstream of the demo and the tests."""
-    from gateway.demo import main as run  # noqa: PLC0415 - only this command needs it
+    from gateway.demo import main as run  # noqa: PLC0415 - needs the extra `demo`
 
     run(port=port, host=host)
 

@@ -1,12 +1,13 @@
 """HTTP/1.1 to others' servers: a request goes out at once, its response comes as it is sent, connections are used again.
 
-It does what a gateway needs and no more: no redirects, no cookies, no headers of its own but `host` and how long the body is. On the
-parser that our own server uses (llhttp), a call takes a third of what a general client takes, which all clients would wait for.
+It does what a gateway needs and no more: no redirects, no cookies, no proxies, no headers of its own but `host` and how long the body is.
+What one call takes before it is sent, all others that are ready wait for: a general client takes more. The parser (llhttp) is our server's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from functools import cache, partial
@@ -103,7 +104,8 @@ class Server:
             message = f"No trusted TLS connection to {self.origin} can be made."
             raise UpstreamError(message) from error
         except OSError as error:
-            reason = error.strerror or type(error).__name__
+            number = error.errno or 0  # a name server's are below zero
+            reason = os.strerror(number) if number > 0 else error.strerror or type(error).__name__
             raise UpstreamError(f"Could not connect to {self.origin}: {reason}.") from error
         self._connections.add(connection)
         return connection

@@ -129,18 +129,18 @@ class Recorder:
         for result in outcome.judgement.evidence.results.values():
             metrics.checks.labels(policy, result.check, result.outcome.value).inc()
         effort = outcome.judgement.effort
-        metrics.layer_requests.labels("rules").inc()
+        metrics.layer_requests["rules"].inc()
         if effort.judge_ms is not None:
-            metrics.layer_requests.labels("judge").inc()
-            metrics.layer_usd.labels("judge").inc(effort.judge_usd or 0.0)
-            metrics.layer_seconds.labels("judge").observe(effort.judge_ms / 1000)
+            metrics.layer_requests["judge"].inc()
+            metrics.layer_usd["judge"].inc(effort.judge_usd or 0.0)
+            metrics.layer_seconds["judge"].observe(effort.judge_ms / 1000)
         metrics.overhead_seconds.observe(max(overhead_ms, 0) / 1000)
         for layer, seconds in (
             ("upstream", upstream_ms / 1000),
             ("rules", effort.rules_ms / 1000),
             ("record", record_s),
         ):
-            metrics.layer_seconds.labels(layer).observe(seconds)
+            metrics.layer_seconds[layer].observe(seconds)
 
 
 def _decision(

@@ -107,9 +107,9 @@ class WaitingRoom:
             self._latencies_s.append(taken_s)
             self._metrics.review_seconds.observe(taken_s)
             self._metrics.settled.labels(task.verdict.value).inc()
-            self._metrics.layer_requests.labels("person").inc()
+            self._metrics.layer_requests["person"].inc()
             worked_usd = (task.worked_s or 0.0) / 60 * (self._usd_per_minute or 0.0)
-            self._metrics.layer_usd.labels("person").inc(worked_usd)
+            self._metrics.layer_usd["person"].inc(worked_usd)
 
     def close(self) -> None:
         """Let everybody go: each waiting client is answered as if its own time were up."""

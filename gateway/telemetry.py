@@ -13,6 +13,8 @@ from judges import Judge
 from validators import Cause, CheckResult
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TIMED = ("upstream", "rules", "judge", "record")
+_LAYERS = ("rules", "judge", "person")
 _REVIEW_SECONDS = (5, 15, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)
 
 
@@ -31,25 +33,28 @@ class Metrics:
         self.checks = counter(
             "holdgate_checks_total", "Check results.", ("policy", "check", "outcome")
         )
-        self.layer_seconds = histogram(
+        layer_seconds = histogram(
             "holdgate_layer_seconds",
             "Time a request spent in a layer: upstream, rules, judge, record.",
             ("layer",),
             buckets=_SECONDS,
         )
+        self.layer_seconds = {each: layer_seconds.labels(each) for each in _TIMED}
         self.overhead_seconds = histogram(
             "holdgate_overhead_seconds",
             "Time a request spent in the gateway, waiting for the provider and for people left out.",
             buckets=_SECONDS,
         )
-        self.layer_requests = counter(
+        layer_requests = counter(
             "holdgate_layer_requests_total", "Requests to rules, judge, person.", ("layer",)
         )
-        self.layer_usd = counter(
+        self.layer_requests = {each: layer_requests.labels(each) for each in _LAYERS}
+        layer_usd = counter(
             "holdgate_layer_usd_total",
             "US dollars a layer has cost, as far as prices are known: judge, person.",
             ("layer",),
         )
+        self.layer_usd = {each: layer_usd.labels(each) for each in _LAYERS[1:]}
         self.verdicts = counter(
             "holdgate_verdicts_total",
             "Verdicts of judges, and where they came from: asked, or cached.",

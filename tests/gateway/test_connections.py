@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from yarl import URL
 
-from gateway.connections import Incoming, Server
+from gateway.connections import Incoming, Server, _tls
 from gateway.errors import InvalidRequest, UpstreamError, UpstreamTimeout
 from gateway.settings import Timeouts
 
@@ -327,6 +327,20 @@ async def test_reader_that_is_slow_slows_the_server_down() -> None:
         assert len(await whole(incoming)) == 100_000_000
 
 
+async def test_server_that_cannot_be_reached_is_told_of_in_plain_words() -> None:
+    async with a_server(saying(OK)) as server:
+        pass
+    with pytest.raises(UpstreamError, match=r"Could not connect to .*: Connection refused\.$"):
+        await ask(server)
+
+
+async def test_every_address_of_a_name_is_tried() -> None:
+    async with a_server(saying(OK)) as server:
+        named = Server(URL(server.origin).with_host("localhost"), server.times)
+        assert await whole(await ask(named)) == b"ok"
+        await named.close()
+
+
 @pytest.mark.parametrize(
     "header", [("x", "a\r\nevil: 1"), ("x", "a\nb"), ("x", "a\rb"), ("x\r\ny", "a"), ("x", "a\0b")]
 )
@@ -353,26 +367,48 @@ async def test_closing_ends_what_is_under_way() -> None:
 
 
 @pytest.fixture
-def untrusted(tmp_path: Path) -> ssl.SSLContext:
-    """A server's side of TLS with a certificate that nobody has signed."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for 127.0.0.1 that nobody has signed, with its key in the same file."""
+    file = tmp_path / "certificate.pem"
     made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1"]
-    files = ["-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*made, *files], check=True, capture_output=True)
+    names = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(
+        [*made, *names, "-keyout", file, "-out", tmp_path / "only.pem"],
+        check=True,
+        capture_output=True,
+    )
+    file.write_bytes(file.read_bytes() + (tmp_path / "only.pem").read_bytes())
+    return file
+
+
+def server_side(certificate: Path) -> ssl.SSLContext:
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    tls.load_cert_chain(certificate, key)
+    tls.load_cert_chain(certificate)
     return tls
 
 
-async def test_server_without_a_trusted_certificate_is_told_nothing(
-    untrusted: ssl.SSLContext,
-) -> None:
+async def test_server_without_a_trusted_certificate_is_told_nothing(certificate: Path) -> None:
     heard: list[bytes] = []
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         heard.append(await reader.read(1000))
 
-    async with a_server(talk, tls=untrusted) as server:
+    async with a_server(talk, tls=server_side(certificate)) as server:
         with pytest.raises(UpstreamError, match="No trusted TLS connection"):
             await ask(server, headers=[("authorization", "Bearer secret")])
     assert b"".join(heard) == b""
+
+
+async def test_server_with_a_trusted_certificate_is_spoken_to_over_tls(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    _tls.cache_clear()
+    talk = Counting(saying(OK, b"HTTP/1.1 200 OK\r\n\r\nuntil the end"))
+    try:
+        async with a_server(talk, tls=server_side(certificate)) as server:
+            assert await whole(await ask(server)) == b"ok"
+            assert await whole(await ask(server)) == b"until the end"
+    finally:
+        _tls.cache_clear()
+    assert talk.connections == 1
