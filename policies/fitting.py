@@ -57,6 +57,7 @@ from policies.measures import Bools, Floats, auroc, quality
 from policies.model import RiskTier
 from policies.scoring import choose_score
 from policies.signals import JUDGE
+from policies.suspects import suspected, told
 
 #: In certified mode this share of the labels teaches score and order of the tests; the rest certifies.
 _TEACHING = 0.2
@@ -237,10 +238,11 @@ def _diagnosed(
     best = max(found.uses, key=lambda use: abs(use.auroc - 0.5))
     sign = 1 if best.auroc >= 0.5 else -1
     single = sign * table.features[:, table.names.index(best.name)]
+    suspects = suspected(table.rows, confidence)
     return Diagnostics(
         n=found.n,
         errors=sum(not row.acceptable for row in rows),
-        remarks=tuple(remarks),
+        remarks=(*remarks, *told(suspects)),
         signals=found.uses,
         scorers=found.scorers,
         maps=found.maps,
@@ -250,6 +252,7 @@ def _diagnosed(
         offers=tuple(offers),
         slices=slices(table.rows, confidence, labels, weights, autonomous),
         mistakes=mistakes(table.rows, confidence, labels),
+        suspects=suspects,
     )
 
 
