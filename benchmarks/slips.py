@@ -1,7 +1,7 @@
 """What wrong labels cost a certificate, and what second opinions bring back: `python -m benchmarks.slips`.
 
 Answers whose probability of being acceptable is known, from a score whose log-odds are normal; no answer is surer than 99.8 %.
-Of the labels one in a hundred is the wrong way round, whoever gives it. A quarter teaches the order of the tests, the rest
+Of the labels one in a hundred is the wrong way round, whoever gives it. A fifth teaches the order of the tests, the rest
 certifies, as `holdgate calibrate fit` does. In the third case other people, who slip as often, look at the suspect labels (a
 third person where two differ), and what is then suspect is looked at again, until nothing is. Prints a table in Markdown.
 """
@@ -57,7 +57,7 @@ def cases(
     scores, chance = answers(draw, mean, spread, n)
     truth = draw.random(n) < chance
     said = truth ^ (draw.random(n) < SLIPS)
-    taught = n // 4
+    taught = n // 5
     yield "clean", scores, truth, 0
     yield "slips", scores, said, 0
     rest, asked = looked_at_again(scores[taught:], truth[taught:], said[taught:], draw)
@@ -76,7 +76,7 @@ def main() -> None:
         found: dict[str, list[tuple[float, bool, int]]] = {}
         for seed in range(RUNS):
             for kind, some, labels, asked in cases(mean, spread, n, seed):
-                taught = n // 4
+                taught = n // 5
                 threshold = certify(
                     some[taught:],
                     labels[taught:],
