@@ -197,7 +197,7 @@ def decision_headers(decision: DecisionRecord) -> Headers:
 
 
 def task_json(task: TaskRecord) -> dict[str, JSON]:
-    """A task as the review API shows it."""
+    """A task as the review API shows it; a second opinion without the confidence."""
     return {
         "id": task.id,
         "decision_id": task.decision_id,
@@ -207,7 +207,7 @@ def task_json(task: TaskRecord) -> dict[str, JSON]:
         "version": task.version,
         "risk": task.risk.value,
         "policy": task.policy,
-        "confidence": task.confidence,
+        "confidence": None if task.kind is TaskKind.SECOND_OPINION else task.confidence,
         "created_at": task.created_at.isoformat(),
         "due_at": task.due_at.isoformat() if task.due_at else None,
         "claimed_by": task.claimed_by,

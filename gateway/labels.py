@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,29 +30,31 @@ def latest(labels: Iterable[Label]) -> list[Label]:
     return sorted(last.values(), key=lambda each: each.seq)
 
 
-def reduced(labels: Sequence[Label]) -> Label:
+class Reduced(NamedTuple):
+    """One label for a decision, and whether two labellers, and more than say otherwise, agree on it."""
+
+    label: Label
+    settled: bool
+
+
+def reduced(labels: Sequence[Label]) -> Reduced:
     """One label for the n >= 1 labels of a decision.
 
-    What a labeller said last counts, once. The answer is the one with more weight behind it; not acceptable if both have the
-    same. Its weight is the greatest of those behind it times their share of all weight: two who agree count as one, one
-    against two of the same weight leaves 2/3. All else is of the label behind it that weighs most, the earliest of several;
-    the inclusion is that of the first label behind it or against it whose inclusion is known, since that is a matter of the
-    decision and not of the labeller.
+    What a labeller said last counts, once, and only those of the greatest weight are heard: what applications say changes
+    nothing where a reviewer has spoken, and neither takes an error away from a certificate nor adds one. The answer is that of
+    the majority; not acceptable if there is none, until one more has spoken. It is the earliest label of those that say so;
+    the inclusion is that of the first label whose inclusion is known, since that is a matter of the decision and not of the
+    labeller.
     """
     said = latest(labels)
-    for_it = sum(each.weight for each in said if each.acceptable)
-    total = sum(each.weight for each in said)
-    acceptable = for_it > total - for_it
-    behind = [each for each in said if each.acceptable is acceptable]
-    first = max(behind, key=lambda each: each.weight)
-    share = sum(each.weight for each in behind) / total
-    drawn = next((each for each in said if each.inclusion is not None), first)
-    return replace(
-        first,
-        weight=first.weight * share,
-        inclusion=drawn.inclusion,
-        inclusion_floor=drawn.inclusion_floor,
-    )
+    greatest = max(each.weight for each in said)
+    heard = [each for each in said if each.weight == greatest]
+    approving = sum(each.acceptable for each in heard)
+    acceptable = approving > len(heard) - approving
+    behind = [each for each in heard if each.acceptable is acceptable]
+    drawn = next((each for each in said if each.inclusion is not None), behind[0])
+    one = replace(behind[0], inclusion=drawn.inclusion, inclusion_floor=drawn.inclusion_floor)
+    return Reduced(one, len(behind) >= 2 and len(behind) > len(heard) - len(behind))
 
 
 def by_decision(labels: Iterable[Label]) -> dict[str, list[Label]]:

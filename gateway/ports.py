@@ -11,6 +11,7 @@ from gateway.errors import UpstreamError
 from gateway.records import (
     Alarm,
     ApiKey,
+    Asked,
     DecisionRecord,
     Delivery,
     Economics,
@@ -88,21 +89,27 @@ class Store(Protocol):
         """The task with that id."""
 
     async def task_of(self, decision_id: str) -> TaskRecord | None:
-        """The task of a decision, if it has one."""
+        """The task that was made with a decision, if there was one; not those for second opinions."""
 
     async def tasks_of(self, decision_ids: Sequence[str]) -> Mapping[str, TaskRecord]:
-        """The tasks of those of these decisions that have one, by decision id."""
+        """The tasks that were made with those of these decisions that had one, by decision id."""
 
     async def unlabelled(self, since: datetime, after: str, limit: int) -> Sequence[DecisionRecord]:
         """Answered decisions taken since then that nobody has labelled, by id, those after the given one."""
 
-    async def queue(self, now: datetime, limit: int) -> Sequence[TaskRecord]:
-        """Unresolved tasks, highest risk first, then by deadline, then oldest; lapsed claims show as open."""
+    async def queue(
+        self, now: datetime, limit: int, reviewer: str | None = None
+    ) -> Sequence[TaskRecord]:
+        """Unresolved tasks, highest risk first, then by deadline, then oldest; lapsed claims show as open.
+
+        For a reviewer without second opinions on what they have judged themselves.
+        """
 
     async def claim(self, task_id: str, reviewer: str, now: datetime, lease_s: float) -> TaskRecord:
         """Lease a task to a reviewer, or renew their lease.
 
-        Raises `NotFound`, or `Conflict` if another reviewer's claim is live or the task is terminal.
+        Raises `NotFound`, or `Conflict` if another reviewer's claim is live, the task is terminal, or it is a second opinion
+        on what the reviewer has judged.
         """
 
     async def release(self, task_id: str, reviewer: str, now: datetime) -> TaskRecord:
@@ -112,6 +119,13 @@ class Store(Protocol):
         """Resolve a task: state, review, label, audit entry and outbox row in one transaction.
 
         Raises `NotFound`, or `Conflict` whose `extra["task"]` is the first one's result.
+        """
+
+    async def ask_again(self, new_ids: Mapping[str, str], now: datetime) -> Asked:
+        """Open tasks for second opinions on decisions that were judged, with those ids by decision, however many ask at once.
+
+        Where one is open already it is counted. Left out are decisions without content, and those of which nobody knows how
+        probable it was that they came to be judged. Whoever has labelled the decision can neither claim nor resolve the task.
         """
 
     async def expire_due(self, now: datetime, limit: int) -> Sequence[TaskRecord]:
@@ -211,7 +225,7 @@ class Store(Protocol):
     async def announce_samples(self, every: int, now: datetime) -> bool:
         """Put `labels.ready` into the outbox if so many training samples have come since it last was; True if so.
 
-        Of any number of replicas that ask, one is told so.
+        However many labels there are, a bounded number is read. Of any number of replicas that ask, one is told so.
         """
 
     async def create_key(self, key: ApiKey) -> None:

@@ -26,7 +26,7 @@ TARGETS: dict[str, str] = {
     "feedback_utilisation": "every label used within a month",
 }
 
-_BY_PEOPLE = (LabelSource.REVIEW, LabelSource.AUDIT)
+_BY_PEOPLE = (LabelSource.REVIEW, LabelSource.AUDIT, LabelSource.SECOND_OPINION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,12 @@ def _quality(
     fitted_at: Mapping[str, datetime],
 ) -> Quality:
     decisions = sum(each.decisions for each in tallies)
-    people = [each for each in latest(labels) if each.source in _BY_PEOPLE]
+    # Second opinions are asked for where labels are doubtful: they say nothing of how well people agree elsewhere.
+    people = [
+        each
+        for each in latest(labels)
+        if each.source in _BY_PEOPLE and each.source is not LabelSource.SECOND_OPINION
+    ]
     agreed, pairs = agreement(
         [each.acceptable for each in given] for given in by_decision(people).values()
     )
@@ -137,7 +142,7 @@ def _escape(labels: Sequence[Label]) -> Escape:
     people = [each for each in labels if each.source in _BY_PEOPLE]
     counts: dict[float, list[int]] = defaultdict(lambda: [0, 0])
     for given in by_decision(people).values():
-        one = reduced(given)
+        one = reduced(given).label
         if one.intended is Action.RETURN and one.inclusion is not None:
             count = counts[(one.inclusion_floor or one.inclusion) / one.inclusion]
             count[0] += 1

@@ -12,11 +12,15 @@ from validators import JSON
 
 
 class TaskKind(StrEnum):
-    """Why a response is in the queue. A caller may be waiting only for a hold."""
+    """Why a response is in the queue. A caller may be waiting only for a hold.
+
+    A second opinion is asked for where what people said of a response is suspect (`policies.suspects`).
+    """
 
     HOLD = "hold"
     FLAG = "flag"
     AUDIT = "audit"
+    SECOND_OPINION = "second_opinion"
 
 
 class TaskState(StrEnum):
@@ -39,11 +43,13 @@ class Verdict(StrEnum):
 class LabelSource(StrEnum):
     """Who says whether a response was acceptable, and why they were asked.
 
-    A reviewer of a held or flagged response, a reviewer of an audit, the application that got the response, or a file.
+    A reviewer of a held or flagged response, a reviewer of an audit, one who was asked because others' labels are suspect, the
+    application that got the response, or a file.
     """
 
     REVIEW = "review"
     AUDIT = "audit"
+    SECOND_OPINION = "second_opinion"
     FEEDBACK = "feedback"
     IMPORT = "import"
 
@@ -255,7 +261,8 @@ class LabelledDecision:
 
     `source`, `labeller`, `at` and `blind` are those of the label that counts most; `labels` is how many labellers there are.
     `inclusion` in (0, 1] is the probability with which it came to be judged; None if that is not known, because an
-    application or a file chose it. `weight` in (0, 1] is the trust in the label: less than 1 where labellers differ.
+    application or a file chose it. `weight` in (0, 1] is the trust in the label. `settled` says that two labellers of that
+    trust, and more than say otherwise, agree on it.
     """
 
     decision: DecisionRecord
@@ -267,6 +274,15 @@ class LabelledDecision:
     weight: float = 1.0
     blind: bool = False
     labels: int = 1
+    settled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How many second opinions were asked for now, and how many have been asked for before and not been given yet."""
+
+    opened: int = 0
+    waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)

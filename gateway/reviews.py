@@ -15,7 +15,7 @@ from statistics import median
 from gateway import edits, logs, wire
 from gateway.errors import InvalidRequest, NotFound, ResponseRejected, StoreError
 from gateway.ports import Bus, Clock, Event, Store
-from gateway.records import DecisionRecord, Resolution, TaskRecord, TaskState, Verdict
+from gateway.records import DecisionRecord, Resolution, TaskKind, TaskRecord, TaskState, Verdict
 from gateway.telemetry import Metrics
 from policies import PolicySet, run_validators
 from validators import JSON, Exchange, JsonSchema, Outcome
@@ -212,9 +212,9 @@ class Reviews:
         self._clock = clock
         self._room = room
 
-    async def queue(self, limit: int) -> list[TaskRecord]:
-        """Unresolved tasks, most urgent first."""
-        return list(await self._store.queue(self._clock.now(), limit))
+    async def queue(self, limit: int, reviewer: str) -> list[TaskRecord]:
+        """Unresolved tasks that the reviewer may take, most urgent first."""
+        return list(await self._store.queue(self._clock.now(), limit, reviewer))
 
     async def get(self, task_id: str) -> Review:
         """The task and its decision. Raises `NotFound`."""
@@ -256,6 +256,7 @@ class Reviews:
                 reason=submission.reason,
                 comment=submission.comment,
                 correction=correction,
+                blind=review.task.kind is TaskKind.SECOND_OPINION,
             )
         )
         self._room.observe(task)

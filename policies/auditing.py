@@ -31,7 +31,7 @@ LEAST_OF_RATE = 0.5
 #: Confidences of a cell are told apart in so many groups, each of which gets about as many audits.
 _GROUPS = 8
 
-#: A claimed share of errors of 0 or 1 is believed no further than this.
+#: A claimed share of errors of 0 or 1 is believed no further than this; a smaller share of responses is none.
 _SUREST = 1e-9
 
 #: Audits judged together: what the standard calls a lot.
@@ -154,7 +154,7 @@ class Spread:
         return [each.low for each in groups], probabilities
 
     def _groups(self, low: float, high: float) -> list[_Group]:
-        inside = [each for each in self._points if low <= each[0] < high and each[1] > 0.0]
+        inside = [each for each in self._points if low <= each[0] < high and each[1] > _SUREST]
         share = sum(mass * noise for _, mass, noise in inside) / _GROUPS
         groups: list[_Group] = []
         begins, mass, noise, cut = low, 0.0, 0.0, share

@@ -36,6 +36,7 @@ MAX_CHARS = 1_000_000
 Weight: TypeAlias = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 
+Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 _NONE: Mapping[str, str] = {}
@@ -87,10 +88,38 @@ class SignalScore(Part):
         return value if self.name.startswith(JUDGE) else min(exp(value), 1.0)
 
 
-class LogisticScore(Part):
-    """The score is ``logistic(intercept + sum weight * feature(signal))``.
+class NormalScale(Part):
+    """Which normal quantile a feature is at among the labels: linear between points (x, z), constant outside.
 
-    `policies.signals.feature` says how each signal is scaled.
+    However a signal is distributed, its normal scores are not: values far out, or the round numbers that
+    judges like, count for no more than how rare they are.
+
+    References
+    ----------
+    van der Waerden (1952), "Order tests for the two-sample problem and their power" (normal scores).
+    """
+
+    x: Annotated[tuple[Finite, ...], Field(min_length=2, max_length=100)]
+    z: Annotated[tuple[Finite, ...], Field(min_length=2, max_length=100)]
+
+    @model_validator(mode="after")
+    def _monotone(self) -> NormalScale:
+        if len(self.x) != len(self.z):
+            raise ValueError(f"x has {len(self.x)} values and z has {len(self.z)}")
+        if any(left >= right for values in (self.x, self.z) for left, right in pairwise(values)):
+            raise ValueError("x and z must increase strictly")
+        return self
+
+    def apply(self, feature: float) -> float:
+        """The normal score of a feature."""
+        return _between(self.x, self.z, feature)
+
+
+class LogisticScore(Part):
+    """The score is ``logistic(intercept + sum weight * scale(feature(signal)))``.
+
+    `policies.signals.feature` says how each signal is scaled at first; where `scales` name it, its normal
+    score takes the place of that.
     """
 
     kind: Literal["logistic"]
@@ -98,6 +127,13 @@ class LogisticScore(Part):
     coefficients: Annotated[
         dict[SignalName | JudgeSignal, Weight], Field(min_length=1, max_length=10)
     ]
+    scales: dict[SignalName | JudgeSignal, NormalScale] = {}
+
+    @model_validator(mode="after")
+    def _known(self) -> LogisticScore:
+        if unknown := sorted(self.scales.keys() - self.coefficients.keys()):
+            raise ValueError(f"there is a scale, but no coefficient, for {', '.join(unknown)}")
+        return self
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -107,13 +143,17 @@ class LogisticScore(Part):
     def of(self, values: Mapping[str, float]) -> float:
         """The score in [0, 1]."""
         z = self.intercept
-        for name, weight, scale in self._terms:
-            z += weight * scale(values[name])
+        for name, weight, scale, normal in self._terms:
+            feature = scale(values[name])
+            z += weight * (feature if normal is None else normal.apply(feature))
         return logistic(z)
 
     @cached_property
-    def _terms(self) -> list[tuple[str, float, Callable[[float], float]]]:
-        return [(name, weight, scale_of(name)) for name, weight in self.coefficients.items()]
+    def _terms(self) -> list[tuple[str, float, Callable[[float], float], NormalScale | None]]:
+        return [
+            (name, weight, scale_of(name), self.scales.get(name))
+            for name, weight in self.coefficients.items()
+        ]
 
 
 class Platt(Part):
@@ -190,14 +230,18 @@ class Isotonic(Part):
 
     def apply(self, score: float) -> float:
         """The probability in [0, 1] for a score in [0, 1]."""
-        right = bisect_right(self.x, score)
-        if right == 0:
-            return self.y[0]
-        if right == len(self.x):
-            return self.y[-1]
-        low, high = self.y[right - 1], self.y[right]
-        share = (score - self.x[right - 1]) / (self.x[right] - self.x[right - 1])
-        return min(low + share * (high - low), high)
+        return _between(self.x, self.y, score)
+
+
+def _between(x: tuple[float, ...], y: tuple[float, ...], at: float) -> float:
+    """Linear between the points, which do not decrease, and constant outside."""
+    right = bisect_right(x, at)
+    if right == 0:
+        return y[0]
+    if right == len(x):
+        return y[-1]
+    low, high = y[right - 1], y[right]
+    return min(low + (at - x[right - 1]) / (x[right] - x[right - 1]) * (high - low), high)
 
 
 #: From a score to a probability, both in [0, 1].

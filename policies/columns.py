@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from policies.calibration import CalibrationError, LogisticScore
+from policies.calibration import CalibrationError, LogisticScore, NormalScale
 from policies.labelled import Labelled
 from policies.maps import fit_ridge
 from policies.measures import Bools, Floats
@@ -48,6 +48,14 @@ class Table:
         """The rows that are chosen."""
         picked = [row for row, keep in zip(self.rows, which.tolist(), strict=True) if keep]
         return Table(picked, self.names, self.features[which])
+
+    def on(self, scales: Mapping[str, NormalScale]) -> Table:
+        """The same rows, with features on those scales where there is one for them."""
+        columns = [
+            np.interp(column, scales[name].x, scales[name].z) if name in scales else column
+            for name, column in zip(self.names, self.features.T, strict=True)
+        ]
+        return Table(self.rows, self.names, np.column_stack(columns))
 
     def draw(self, what: str) -> Floats:
         """A number in [0, 1) for each row, from its content alone."""
@@ -85,7 +93,8 @@ class Table:
 
     def cross_scored(self, score: LogisticScore) -> Floats:
         """As `scores`, with weights that were fitted without the row's fold."""
-        found = self.probabilities([self.names.index(each) for each in score.signals])
+        columns = [self.names.index(each) for each in score.signals]
+        found = self.on(score.scales).probabilities(columns)
         lowest = np.array([min((*row.check_scores, 1.0)) for row in self.rows])
         return np.asarray(np.clip(np.minimum(found, lowest), CLIP, 1 - CLIP))
 

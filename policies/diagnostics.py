@@ -20,6 +20,7 @@ from policies.measures import (
     ece,
     equal_mass,
 )
+from policies.suspects import Suspect
 
 _BINS = 15
 _POINTS = 50
@@ -100,7 +101,7 @@ class Diagnostics:
     `maps` hold the cross-validated log loss of each kind that was tried. `offers` say what the asked and
     other shares of errors would give, for all responses; each keeps its promise alone, not the best of
     several. All shares are of responses:
-    labels are weighted by the inverse of their inclusion probability.
+    labels are weighted by the inverse of their inclusion probability. `suspects` are labels to ask somebody else about.
     """
 
     n: int
@@ -115,6 +116,7 @@ class Diagnostics:
     offers: tuple[Certificate, ...]
     slices: tuple[Slice, ...]
     mistakes: tuple[Mistake, ...]
+    suspects: tuple[Suspect, ...] = ()
 
 
 def measured(

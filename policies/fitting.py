@@ -1,13 +1,11 @@
 """From labels to an artefact: score, calibrator, thresholds with certificates, and how good they are.
 
-Certified: a quarter of the labels, drawn by a hash of their content, teaches the score and the order of the
+Certified: a fifth of the labels, drawn by a hash of their content, teaches the score and the order of the
 tests; the rest, which neither has seen, certifies and calibrates. Estimated: all labels do both, each
 scored by weights that were fitted without its fold. Labels of less than full trust (`weight` < 1) help to
 order and to calibrate; thresholds rest on the others alone.
 
-The score is a single signal or a logistic combination of several: all that say anything, or as many as lower
-the log loss when added one by one to the best. That is measured by cross-validation after a monotone map, as
-only the order counts; the calibrator is chosen likewise.
+The calibrator is the map of the lowest cross-validated log loss; `policies.scoring` chooses the score.
 
 Fitting needs numpy, scipy and scikit-learn (the extra `analysis`): nothing that answers a request imports it.
 
@@ -19,9 +17,9 @@ Costs: Chow (1970), "On optimum recognition error and reject tradeoff".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from math import inf, sqrt
+from math import ceil, inf
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -52,21 +50,17 @@ from policies.labelled import Labelled
 from policies.maps import (
     MAPS,
     cross_fitted,
-    fit_ridge,
-    fit_venn_abers,
     isotonic_of,
-    log_loss,
     losses,
 )
 from policies.measures import Bools, Floats, auroc, quality
 from policies.model import RiskTier
+from policies.scoring import choose_score
 from policies.signals import JUDGE
+from policies.suspects import suspected, told
 
 #: In certified mode this share of the labels teaches score and order of the tests; the rest certifies.
-_TEACHING = 0.25
-#: With fewer labels, or fewer of either kind, one signal alone is the score.
-_TOGETHER, _TOGETHER_OF_A_KIND = 150, 20
-_MOST_SIGNALS = 10
+_TEACHING = 0.2
 
 #: What else is said of: what other shares of errors would give.
 _OFFERED = (0.01, 0.02, 0.05, 0.1)
@@ -176,10 +170,10 @@ def _scored(table: Table, mode: Mode, remarks: list[str]) -> _Scored:
     if mode == "certified":
         teaching = table.draw("teach") < _TEACHING
         taught, table = table.some(teaching), table.some(~teaching)
-        score, scorers, uses = _choose_score(taught, remarks)
+        score, scorers, uses = choose_score(taught, remarks)
         scores, guide = table.scores(score), (taught.scores(score), taught.labels)
     else:
-        score, scorers, uses = _choose_score(table, remarks)
+        score, scorers, uses = choose_score(table, remarks)
         scores = table.cross_scored(score)
         guide = (scores, table.labels)
     tried = losses(scores, table.labels, table.weights)
@@ -244,10 +238,11 @@ def _diagnosed(
     best = max(found.uses, key=lambda use: abs(use.auroc - 0.5))
     sign = 1 if best.auroc >= 0.5 else -1
     single = sign * table.features[:, table.names.index(best.name)]
+    suspects = suspected(table.rows, confidence)
     return Diagnostics(
         n=found.n,
         errors=sum(not row.acceptable for row in rows),
-        remarks=tuple(remarks),
+        remarks=(*remarks, *told(suspects)),
         signals=found.uses,
         scorers=found.scorers,
         maps=found.maps,
@@ -257,6 +252,7 @@ def _diagnosed(
         offers=tuple(offers),
         slices=slices(table.rows, confidence, labels, weights, autonomous),
         mistakes=mistakes(table.rows, confidence, labels),
+        suspects=suspects,
     )
 
 
@@ -316,66 +312,6 @@ def examine(calibrator: Calibrator, rows: Sequence[Labelled]) -> Diagnostics:
         slices=slices(table.rows, confidence, labels, weights, confidence >= limits),
         mistakes=mistakes(table.rows, confidence, labels),
     )
-
-
-def _choose_score(
-    table: Table, remarks: list[str]
-) -> tuple[LogisticScore, dict[str, float], tuple[SignalUse, ...]]:
-    """The score, the log loss of each that was tried, and what there is to say of each signal."""
-    labels, weights = table.labels, table.weights
-    kinds = int(labels.sum()), int((~labels).sum())
-    if min(kinds) < 2:
-        raise CalibrationError(f"{kinds[0]} and {kinds[1]} labels of the two kinds are too few")
-    alone = [auroc(column, labels, weights=weights) for column in table.features.T]
-    noise = sqrt((len(labels) + 1) / (12 * kinds[0] * kinds[1]))
-    says = [abs(each - 0.5) > 2 * noise for each in alone]
-    ranked = sorted(range(len(alone)), key=lambda i: -abs(alone[i] - 0.5))
-    able = [i for i in ranked if says[i]] or ranked[:1]
-
-    def loss(columns: tuple[int, ...]) -> float:
-        # Only the order matters: whatever the scale, a monotone map comes after.
-        found = table.probabilities(columns)
-        return log_loss(
-            cross_fitted(found, labels, fit_venn_abers, weights=weights), labels, weights
-        )
-
-    tried: dict[tuple[int, ...], float] = {(i,): loss((i,)) for i in able}
-    chosen = min(tried, key=tried.__getitem__)
-    if len(able) > 1 and (len(labels) < _TOGETHER or min(kinds) < _TOGETHER_OF_A_KIND):
-        remarks.append(
-            f"{len(labels)} labels, {min(kinds)} of the rarer kind, are too few to combine "
-            f"signals ({_TOGETHER} and {_TOGETHER_OF_A_KIND}): the best one is the score"
-        )
-    elif len(able) > 1:
-        tried[tuple(able[:_MOST_SIGNALS])] = loss(tuple(able[:_MOST_SIGNALS]))
-        while len(chosen) < _MOST_SIGNALS:
-            more = [(*chosen, i) for i in able if i not in chosen]
-            wider = {some: loss(some) for some in more}
-            if not wider or min(wider.values()) >= tried[chosen]:
-                break
-            chosen = min(wider, key=wider.__getitem__)
-            tried[chosen] = wider[chosen]
-        chosen = min(tried, key=tried.__getitem__)
-    intercept, coefficients = fit_ridge(table.features[:, chosen], labels, weights)
-    score = LogisticScore(
-        kind="logistic",
-        intercept=intercept,
-        coefficients=dict(
-            zip((table.names[i] for i in chosen), coefficients.tolist(), strict=True)
-        ),
-    )
-    uses = []
-    for i, name in enumerate(table.names):
-        adds = None
-        if i in chosen and len(chosen) > 1:
-            rest = [j for j in chosen if j != i]
-            adds = loss(tuple(rest)) - tried[chosen]
-        reason = ""
-        if i not in chosen:
-            reason = "the others say it better" if says[i] else "it says nothing on these labels"
-        uses.append(SignalUse(name, alone[i], i in chosen, reason, adds))
-    losses_of = {" + ".join(table.names[i] for i in some): value for some, value in tried.items()}
-    return score, losses_of, tuple(uses)
 
 
 def _rising(fitted: Platt | Beta | Isotonic) -> Platt | Beta | Isotonic:
@@ -446,7 +382,11 @@ def _threshold(
     used = trusted & thinned([row.id for row in table.rows], inclusion)
     if not used.any():
         return Found(None, 0)
-    return certify(scores[used], table.labels[used], *guide, alpha=alpha, delta=delta)
+    found = certify(scores[used], table.labels[used], *guide, alpha=alpha, delta=delta)
+    if found.more_labels is None:
+        return found
+    asked_for = len(scores) / (1 - _TEACHING) / int(used.sum())
+    return replace(found, more_labels=ceil(found.more_labels * asked_for))
 
 
 def _cheapest(cost_error: float | None, cost_review: float | None) -> float | None:

@@ -17,8 +17,9 @@ class Labelled:
     (`policies.signals`, and ``judge.<check id>``), every one finite; `check_scores` those of checks
     with `on_fail: score`, in [0, 1]. `inclusion` in (0, 1] is the probability with which the
     response came to be labelled, `weight` in (0, 1] the trust in the label. `blind` says that
-    whoever judged it saw neither confidence nor verdict. `digest` is of the content: equal for
-    duplicates, empty where it is not known.
+    whoever judged it saw neither confidence nor verdict, `settled` that two people agree on it, and
+    more than say otherwise. `digest` is of the content: equal for duplicates, empty where it is not
+    known.
 
     Raises
     ------
@@ -38,6 +39,7 @@ class Labelled:
     blind: bool = False
     at: datetime | None = None
     digest: str = ""
+    settled: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("inclusion", self.inclusion), ("weight", self.weight)):

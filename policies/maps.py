@@ -7,10 +7,17 @@ from typing import Protocol
 
 import numpy as np
 from scipy.optimize import isotonic_regression, minimize
-from scipy.special import expit
+from scipy.special import expit, ndtri
 from sklearn.isotonic import IsotonicRegression
 
-from policies.calibration import Beta, CalibrationError, Isotonic, LogisticScore, Platt
+from policies.calibration import (
+    Beta,
+    CalibrationError,
+    Isotonic,
+    LogisticScore,
+    NormalScale,
+    Platt,
+)
 from policies.certification import ridge
 from policies.measures import Bools, Column, Floats, Labels, masses, paired, scored
 from policies.signals import CLIP, feature
@@ -96,6 +103,17 @@ def fit_ridge(features: Floats, truth: Bools, mass: Floats) -> tuple[float, Floa
     *weights, intercept = ridge(standard, truth.astype(float), mass, penalty).tolist()
     coefficients = np.array(weights) / spread
     return float(intercept - coefficients @ mean), coefficients
+
+
+def normal_scale(feature: Floats) -> NormalScale | None:
+    """The normal scores of a feature at some of its quantiles, None where fewer than two differ."""
+    ordered = np.sort(feature)
+    x = np.unique(np.quantile(ordered, np.linspace(0, 1, _QUANTILES), method="nearest"))
+    below = np.searchsorted(ordered, x) + np.searchsorted(ordered, x, side="right")
+    if len(x) < 2:
+        return None
+    z = ndtri((below / 2 + 0.5) / (len(ordered) + 1))
+    return NormalScale(x=tuple(x.tolist()), z=tuple(z.tolist()))
 
 
 def fit_platt(scores: Column, labels: Labels, weights: Column | None = None) -> Platt:

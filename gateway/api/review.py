@@ -12,7 +12,7 @@ from gateway import wire
 from gateway.api.depends import Reviewer, ServicesOf
 from gateway.delivery import task_json
 from gateway.errors import InvalidRequest
-from gateway.records import DecisionRecord, Verdict
+from gateway.records import DecisionRecord, TaskKind, Verdict
 from gateway.reviews import Submission
 from validators import JSON
 
@@ -49,25 +49,28 @@ class Submit(BaseModel):
 async def queue(
     services: ServicesOf, caller: Reviewer, limit: Annotated[int, Query(ge=1, le=200)] = 20
 ) -> dict[str, JSON]:
-    """Unresolved tasks, highest risk first, then by deadline."""
-    tasks = await services.reviews.queue(limit)
+    """Unresolved tasks, highest risk first, then by deadline; no second opinions on what the caller has judged."""
+    tasks = await services.reviews.queue(limit, caller.name)
     return {"object": "list", "data": [task_json(task) for task in tasks]}
 
 
 @router.get("/{task_id}", response_model=None)
 async def show(task_id: str, services: ServicesOf, caller: Reviewer) -> Response:
-    """One task with its evidence: the request, the response, the passages that may be corrected, its doubtful fields."""
+    """One task with its evidence: the request, the response, the passages that may be corrected, its doubtful fields.
+
+    A second opinion is blind: there are neither reasons nor confidence, of the whole or of a field.
+    """
     review = await services.reviews.get(task_id)
-    decision = review.decision
+    decision, is_blind = review.decision, review.task.kind is TaskKind.SECOND_OPINION
     shown = {
         **task_json(review.task),
-        "decision": decision.detail,
+        "decision": None if is_blind else decision.detail,
         "endpoint": decision.endpoint,
         "model": decision.model,
         "request": _content(decision.request),
         "response": _content(decision.response),
         "passages": _passages(decision),
-        "fields": _fields(decision),
+        "fields": [] if is_blind else _fields(decision),
     }
     return Response(orjson.dumps(shown), media_type="application/json")
 

@@ -70,6 +70,10 @@ def fit(
     cost_review: Annotated[
         float | None, typer.Option(help="what a review costs, in the same currency", min=0)
     ] = None,
+    second_opinions: Annotated[
+        bool,
+        typer.Option("--second-opinions", help="ask other reviewers about suspect labels"),
+    ] = False,
     config: ConfigOption = None,
 ) -> None:
     """Fit a calibrator with thresholds that can be promised: an artefact, and a report as one HTML file beside it.
@@ -80,7 +84,15 @@ def fit(
     settings = _settings(config)
     target = work.Target(_alpha(alpha, per), delta, mode, per, model, cost_error, cost_review)
     with work.told():
-        status = work.fit(settings, policy, labels, target, out, from_reviews=from_reviews)
+        status = work.fit(
+            settings,
+            policy,
+            labels,
+            target,
+            out,
+            from_reviews=from_reviews,
+            second_opinions=second_opinions,
+        )
     raise typer.Exit(status)
 
 

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from gateway.app import SystemClock
 from gateway.calibrating import applying
 from gateway.calibrating.applying import ChangeError, write_whole
-from gateway.calibrating.labels import read_labelled, reviewed
+from gateway.calibrating.labels import ask_again, read_labelled, reviewed
 from gateway.calibrating.report import group_of, html_report, promise, summary
 from gateway.errors import GatewayError
 from gateway.labels import LabelError
@@ -40,6 +40,7 @@ from policies.fitting import fit as fitted
 from policies.labelled import Labelled
 from policies.maps import log_loss
 from policies.model import Name
+from policies.suspects import Suspect, suspected
 
 OK, MISSED = 0, 3
 
@@ -154,14 +155,39 @@ def fit(
     path: Path,
     *,
     from_reviews: bool,
+    second_opinions: bool = False,
 ) -> int:
-    """Fit a calibrator for a policy, print what it promises, write it and its report; the exit status."""
+    """Fit a calibrator for a policy, print what it promises, write it and its report; the exit status.
+
+    With `second_opinions` other reviewers are asked about the labels from reviews that are suspect.
+    """
+    if second_opinions and not from_reviews:
+        raise LabelError("--second-opinions asks reviewers again: it goes with --from-reviews")
     loaded = applying.in_force(settings)
     wanted = applying.policy_named(loaded, policy)
     found = labels_of(settings, wanted, labels, from_reviews=from_reviews)
     calibrator, diagnostics = _fitted(wanted, found, found.rows, target, path)
     _written(path, calibrator)
-    return tell(calibrator, diagnostics, found.about, path)
+    status = tell(calibrator, diagnostics, found.about, path)
+    if second_opinions:
+        _ask_again(settings, diagnostics.suspects)
+    elif from_reviews and diagnostics.suspects:
+        err.print("--second-opinions asks other reviewers about the suspect labels.")
+    return status
+
+
+def _ask_again(settings: Settings, suspects: Sequence[Suspect]) -> int:
+    """Ask for second opinions on suspect labels, and say so; how many there is to wait for."""
+    if not suspects:
+        return 0
+    asked = asyncio.run(ask_again(settings.store.url, suspects))
+    lost = len(suspects) - asked.opened - asked.waiting
+    out.print(
+        f"Second opinions: {asked.opened} asked for in the review queue, {asked.waiting} were there already"
+        + (f", {lost} cannot be given, the content is gone." if lost else "."),
+        soft_wrap=True,
+    )
+    return asked.opened + asked.waiting
 
 
 def _fitted(
@@ -258,13 +284,15 @@ def report(
 class Comparison:
     """Two calibrators on labels that neither has seen: mean log loss, and what the new one returns of them.
 
-    `kept` has, by certificate, how many it would return and how many of them are errors.
+    `kept` has, by certificate, how many it would return and how many of them are errors; `returned_old` is how many the old
+    one returns, None as `loss_old` if there is none that applies.
     """
 
     n: int
     loss_old: float | None
     loss_new: float
     kept: Mapping[Certificate, tuple[int, int]]
+    returned_old: int | None = None
 
     @property
     def returned(self) -> int:
@@ -276,8 +304,12 @@ class Comparison:
         """How many of these are errors."""
         return sum(errors for _, errors in self.kept.values())
 
-    def refusal(self, calibrator: Calibrator) -> str | None:
-        """Why the new one is not to take the place of the old one; None if it is."""
+    def refusal(self, calibrator: Calibrator, waiting: int = 0) -> str | None:
+        """Why the new one is not to take the place of the old one; None if it is.
+
+        `waiting` suspect labels wait for a second opinion. Until then they count as they are, so that nothing is promised that
+        they speak against; but what would be returned less may be for their sake alone.
+        """
         if infeasible := [each for each in calibrator.certificates if each.threshold is None]:
             return promise(infeasible[0])
         if self.loss_old is not None and self.loss_new >= self.loss_old:
@@ -291,6 +323,11 @@ class Comparison:
                     f"its certificate ({group_of(each)}) does not hold: {errors} errors among the {returned} held-out "
                     f"labels that it would return, promised are {each.alpha:.3g}"
                 )
+        if waiting and self.returned_old is not None and self.returned < self.returned_old:
+            return (
+                f"of {self.n} labels held out it would return {self.returned}, that in force {self.returned_old}, and "
+                f"{waiting} suspect labels wait for a second opinion"
+            )
         return None
 
 
@@ -306,7 +343,9 @@ def propose(
     """Fit a calibrator to the labels given since the one in force was fitted, and say whether it is better.
 
     Two thirds of the labels, by a hash of their ids, fit it; on the others it must have the lower log loss and keep its promise.
-    None is while reviewers do not agree with each other. Without a target it is that of the certificate in force, with one for each tier or task if that has. The exit status: 0 if it is to be taken, 3 if not.
+    None is while reviewers do not agree with each other. Other reviewers are asked about suspect labels from reviews; a
+    calibrator that would return less waits for them. Without a target it is that of the certificate in force, with one for
+    each tier or task if that has. The exit status: 0 if it is to be taken, 3 if not.
     """
     loaded = applying.in_force(settings)
     wanted = applying.policy_named(loaded, policy)
@@ -328,7 +367,9 @@ def propose(
     _written(path, calibrator)
     compared = _compared(wanted, current, calibrator, held_out)
     tell(calibrator, diagnostics, found.about, path)
-    if why := compared.refusal(calibrator):
+    doubted = (*diagnostics.suspects, *_doubted(calibrator, held_out))
+    waiting = _ask_again(settings, doubted) if from_reviews else 0
+    if why := compared.refusal(calibrator, waiting):
         err.print(f"Not proposed: {why}.", style="red", markup=False, soft_wrap=True)
         return MISSED
     old = (
@@ -388,7 +429,17 @@ def _compared(
         loss_old=_loss(current, usable) if current is not None and applies else None,
         loss_new=_loss(new, usable),
         kept=kept,
+        returned_old=sum(_returning(current, row) is not None for row in usable)
+        if current is not None and applies
+        else None,
     )
+
+
+def _doubted(calibrator: Calibrator, held_out: Sequence[Labelled]) -> tuple[Suspect, ...]:
+    """The suspect ones of labels that the calibrator has not seen."""
+    usable = [row for row in held_out if calibrator.lacks(row.signals) is None]
+    confidence = [calibrator.confidence(row.signals, row.check_scores) for row in usable]
+    return suspected(usable, np.array(confidence))
 
 
 def _returning(calibrator: Calibrator, row: Labelled) -> Certificate | None:

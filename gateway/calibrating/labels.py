@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
@@ -10,12 +10,16 @@ from typing import Annotated, Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from gateway.app import SystemClock
 from gateway.labels import LabelError
 from gateway.ports import Store
-from gateway.records import LabelledDecision
+from gateway.recording import new_id
+from gateway.records import Asked, LabelledDecision
+from gateway.store import open_store
 from policies import Policy, RiskTier
 from policies.labelled import Labelled
 from policies.signals import JUDGE, JudgeSignal, SignalName
+from policies.suspects import Suspect
 
 _AT_ONCE = 500
 _MAX_LINE = 100_000
@@ -43,6 +47,7 @@ class _Line(BaseModel):
     blind: bool = False
     at: AwareDatetime | None = None
     digest: Annotated[str, Field(max_length=256)] = ""
+    settled: bool = False
 
 
 def read_labelled(path: Path) -> list[Labelled]:
@@ -138,7 +143,17 @@ def labelled(judged: LabelledDecision, policy: Policy) -> Labelled | None:
         blind=judged.blind,
         at=judged.at,
         digest=f"{decision.request_digest}{decision.response_digest}",
+        settled=judged.settled,
     )
+
+
+async def ask_again(url: str, suspects: Sequence[Suspect]) -> Asked:
+    """Ask other reviewers about the responses of suspect labels, in the queue of the store at that address."""
+    store, now = await open_store(url), SystemClock().now()
+    try:
+        return await store.ask_again({each.id: new_id("hgt", now) for each in suspects}, now)
+    finally:
+        await store.close()
 
 
 def _is_number(value: object) -> bool:

@@ -29,7 +29,7 @@ _FACTS = select(
     decisions.c.confidence,
     decisions.c.inclusion_floor,
     tasks.c.inclusion,
-).outerjoin_from(decisions, tasks)
+).outerjoin_from(decisions, tasks, (tasks.c.decision_id == decisions.c.id) & (tasks.c.round == 0))
 
 
 def add(connection: Connection, given: Sequence[NewLabel]) -> int:
@@ -145,8 +145,14 @@ def labelled(connection: Connection, after: str, limit: int) -> list[LabelledDec
     return [_labelled(records[each], given[each]) for each in ids]
 
 
+def inclusion(connection: Connection, decision_id: str) -> float | None:
+    """The probability with which a decision came to be judged, as far as its labels know it."""
+    given = _of(connection, [decision_id])
+    return reduced(given).label.inclusion if given else None
+
+
 def _labelled(decision: DecisionRecord, given: Sequence[Label]) -> LabelledDecision:
-    one = reduced(given)
+    one, settled = reduced(given)
     return LabelledDecision(
         decision=decision,
         acceptable=one.acceptable,
@@ -157,6 +163,7 @@ def _labelled(decision: DecisionRecord, given: Sequence[Label]) -> LabelledDecis
         weight=one.weight,
         blind=one.blind,
         labels=len(latest(given)),
+        settled=settled,
     )
 
 

@@ -25,6 +25,9 @@ def migrate(connection: Connection) -> None:
     StoreError
         If a newer version of Holdgate has been here.
     """
+    if not connection.in_transaction():
+        # Else Alembic would end the one that the driver has begun, and others would see half a schema.
+        connection.begin()
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('holdgate.schema'))"))
     config = Config()

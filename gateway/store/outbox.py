@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Select, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, delete, exists, insert, select, update
 
-from gateway.records import Delivery, TaskKind, Verdict
+from gateway.records import Delivery, LabelSource
 from gateway.store.rows import micros, moment
-from gateway.store.schema import deliveries, marks, outbox, reviews, tasks
+from gateway.store.schema import deliveries, labels, marks, outbox
 
-_READY = marks.c.name == "labels.ready"
+#: Marks: how many samples were told of; up to which label they are counted; how many of those nobody was told of yet.
+_TOLD, _COUNTED_TO, _COUNTED = "labels.ready", "labels.counted_to", "labels.counted"
+
+_COUNTED_AT_ONCE = 5000
 
 
 def is_waiting(connection: Connection, before: datetime) -> bool:
@@ -91,25 +95,68 @@ def finish(connection: Connection, delivery_id: str) -> None:
     connection.execute(delete(deliveries).where(deliveries.c.id == delivery_id))
 
 
-def samples(connection: Connection) -> int:
-    """How many responses people corrected or rejected, or approved though the policy was not sure of them."""
-    learnt = (reviews.c.verdict != Verdict.APPROVE.value) | (tasks.c.kind != TaskKind.AUDIT.value)
-    query = select(func.count()).select_from(reviews).join(tasks).where(learnt)
-    return connection.scalar(query) or 0
+class _Count(NamedTuple):
+    """How far samples have been counted, and what has come since.
+
+    `told_to` is the label up to which they were counted, `before` how many of those nobody was told of, `rows` the next
+    labels, each with whether it is a sample.
+    """
+
+    told_to: int
+    before: int
+    rows: Sequence[Row[tuple[int, bool]]]
+
+    def ready_at(self, every: int) -> int | None:
+        """The label with which there are so many samples nobody was told of; None if there are not."""
+        missing = every - self.before
+        found = [row.seq for row in self.rows if row.is_sample][:missing]
+        return found[-1] if len(found) == missing else None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are more labels than were read."""
+        return len(self.rows) == _COUNTED_AT_ONCE
+
+
+def _count(connection: Connection) -> _Count:
+    values = {row.name: row.value for row in connection.execute(select(marks))}
+    told_to, before = values[_COUNTED_TO], values[_COUNTED]
+    by_reviewer = labels.c.task_id.is_not(None) & (labels.c.source == LabelSource.REVIEW.value)
+    error = (labels.c.source == LabelSource.AUDIT.value) & labels.c.acceptable.is_(False)
+    query = select(labels.c.seq, (by_reviewer | error).label("is_sample"))
+    query = query.where(labels.c.seq > told_to).order_by(labels.c.seq).limit(_COUNTED_AT_ONCE)
+    return _Count(told_to, before, connection.execute(query).all())
 
 
 def is_ready(connection: Connection, every: int) -> bool:
-    """Whether that many samples have come since the mark."""
-    mark = connection.scalar(select(marks.c.value).where(_READY)) or 0
-    return samples(connection) - mark >= every
+    """Whether there is anything for `announce` to do; reads no label twice but for the last few."""
+    found = _count(connection)
+    return found.is_full or found.ready_at(every) is not None
 
 
 def announce(connection: Connection, every: int, now: datetime) -> bool:
-    """Move the mark on and put `labels.ready` into the outbox if that many samples have come since; True if so."""
-    count = samples(connection)
-    change = update(marks).where(_READY, marks.c.value <= count - every).values(value=count)
-    if not connection.execute(change).rowcount:
+    """Put `labels.ready` into the outbox if so many samples have come since it last was; True if so.
+
+    Samples are what people corrected or rejected, or approved though the policy was not sure of it; not second opinions.
+    """
+    found = _count(connection)
+    at = found.ready_at(every)
+    if at is None and not found.is_full:
         return False
+    counted_to = found.rows[-1].seq if at is None else at
+    counted = found.before + sum(row.is_sample for row in found.rows) if at is None else 0
+    change = update(marks).where(marks.c.name == _COUNTED_TO, marks.c.value == found.told_to)
+    if not connection.execute(change.values(value=counted_to)).rowcount:
+        return False
+    _mark(connection, _COUNTED, counted)
+    if at is None:
+        return False
+    told = update(marks).where(marks.c.name == _TOLD).values(value=marks.c.value + every)
+    count = connection.scalar(told.returning(marks.c.value))
     row = {"at": micros(now), "kind": "labels.ready", "subject": str(count)}
     connection.execute(insert(outbox).values(row))
     return True
+
+
+def _mark(connection: Connection, name: str, value: int) -> None:
+    connection.execute(update(marks).where(marks.c.name == name).values(value=value))

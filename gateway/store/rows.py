@@ -126,7 +126,7 @@ def entry(decision: DecisionRecord, task: NewTask | None, erasure: Erasure | Non
     return Entry(
         _decision_row(decision, created_at, erasure),
         audit_row("decision.recorded", decision.id, created_at, facts),
-        _task_row(task, decision, created_at) if task else None,
+        task_row(task, decision, created_at) if task else None,
         (created_at, "task.opened", task.id) if task else None,
         decision.effort.spends,
     )
@@ -176,7 +176,8 @@ def _decision_row(record: DecisionRecord, created_at: int, erasure: Erasure | No
     )
 
 
-def _task_row(task: NewTask, decision: DecisionRecord, created_at: int) -> Row:
+def task_row(task: NewTask, decision: DecisionRecord, created_at: int, round_: int = 0) -> Row:
+    """The row of `tasks` of a new task; `round_` counts the tasks of its decision from 0."""
     return (
         task.id,
         decision.id,
@@ -196,6 +197,7 @@ def _task_row(task: NewTask, decision: DecisionRecord, created_at: int) -> Row:
         None,
         None,
         None,
+        round_,
     )
 
 

@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 
 #: The revision this code reads and writes.
-REVISION = "0004"
+REVISION = "0005"
 
 #: `due_at` of a task without a deadline, so that one ascending index serves queue and expiry.
 NEVER = 2**63 - 1
@@ -91,12 +91,13 @@ Index(
 )
 
 #: `queue_rank` is 0 for tier critical to 3 for low; `resolved_at` is set exactly when the state is terminal. `worked_us` is the
-#: time from the resolver's claim to the resolution, or to the claim's lapse; NULL where they did not claim the task.
+#: time from the resolver's claim to the resolution, or to the claim's lapse; NULL where they did not claim the task. `round` is 0
+#: for the task that was made with its decision, and counts the second opinions that were asked for later.
 tasks = Table(
     "tasks",
     metadata,
     Column("id", Text, primary_key=True),
-    Column("decision_id", Text, ForeignKey("decisions.id"), nullable=False, unique=True),
+    Column("decision_id", Text, ForeignKey("decisions.id"), nullable=False),
     Column("kind", Text, nullable=False),
     Column("state", Text, nullable=False),
     Column("version", Integer, nullable=False),
@@ -113,7 +114,9 @@ tasks = Table(
     Column("resolved_at", BigInteger),
     Column("claimed_at", BigInteger),
     Column("worked_us", BigInteger),
+    Column("round", Integer, nullable=False),
 )
+Index("ix_tasks_decision", tasks.c.decision_id, tasks.c.round, unique=True)
 _unresolved = tasks.c.resolved_at.is_(None)
 Index(
     "ix_tasks_queue",

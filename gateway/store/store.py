@@ -19,6 +19,7 @@ from gateway.errors import SettingsError, StoreError
 from gateway.records import (
     Alarm,
     ApiKey,
+    Asked,
     DecisionRecord,
     Delivery,
     Economics,
@@ -216,9 +217,12 @@ class SqlStore:
             partial(decisions.unlabelled, since=since, after=after, limit=limit)
         )
 
-    async def queue(self, now: datetime, limit: int) -> Sequence[TaskRecord]:
+    async def queue(
+        self, now: datetime, limit: int, reviewer: str | None = None
+    ) -> Sequence[TaskRecord]:
         """Unresolved tasks, highest risk first, then by deadline, then oldest; lapsed claims show as open."""
-        return await self._engine.read(partial(tasks.queue, now=now, limit=limit))
+        operation = partial(tasks.queue, now=now, limit=limit, reviewer=reviewer)
+        return await self._engine.read(operation)
 
     async def claim(self, task_id: str, reviewer: str, now: datetime, lease_s: float) -> TaskRecord:
         """Lease a task to a reviewer, or renew their lease."""
@@ -235,6 +239,10 @@ class SqlStore:
     async def resolve(self, resolution: Resolution) -> TaskRecord:
         """Resolve a task: state, review, label, audit entry and outbox row in one transaction."""
         return await self._engine.write(partial(tasks.resolve, resolution=resolution))
+
+    async def ask_again(self, new_ids: Mapping[str, str], now: datetime) -> Asked:
+        """Open tasks for second opinions, with those ids by decision, where none is open and the content is there."""
+        return await self._engine.write(partial(tasks.ask_again, new_ids=new_ids, now=now))
 
     async def expire_due(self, now: datetime, limit: int) -> Sequence[TaskRecord]:
         """Expire unresolved tasks past their deadline, each once; return those expired."""

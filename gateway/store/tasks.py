@@ -6,17 +6,19 @@ Every change of state is one compare-and-set `UPDATE`, so that of any number of 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, case, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, case, func, insert, or_, select, update
 
 from gateway.errors import Conflict, NotFound
 from gateway.records import (
+    Asked,
     LabelSource,
     NewLabel,
+    NewTask,
     Resolution,
     TaskKind,
     TaskRecord,
@@ -24,9 +26,10 @@ from gateway.records import (
     Verdict,
 )
 from gateway.store import labels
-from gateway.store.decisions import log
-from gateway.store.rows import audit_row, micros, pack, task_record, text
-from gateway.store.schema import reviews, tasks
+from gateway.store.decisions import log, with_ids
+from gateway.store.rows import audit_row, micros, pack, task_record, task_row, text
+from gateway.store.schema import decisions, reviews, tasks
+from gateway.store.schema import labels as given_labels
 from validators import JSON
 
 _UNRESOLVED = tasks.c.resolved_at.is_(None)
@@ -34,6 +37,10 @@ _REVIEW = [column for column in reviews.c if column.name not in {"task_id", "at"
 _TASKS = select(tasks, *_REVIEW).outerjoin_from(tasks, reviews)
 _MOST_URGENT = (tasks.c.queue_rank, tasks.c.due_at, tasks.c.created_at, tasks.c.id)
 _UNCLAIMED = {"claimed_by": None, "claimed_until": None, "claimed_at": None}
+_SOURCE = {
+    TaskKind.AUDIT: LabelSource.AUDIT,
+    TaskKind.SECOND_OPINION: LabelSource.SECOND_OPINION,
+}
 
 
 def by_id(connection: Connection, task_id: str) -> TaskRecord | None:
@@ -42,13 +49,14 @@ def by_id(connection: Connection, task_id: str) -> TaskRecord | None:
 
 
 def of_decision(connection: Connection, decision_id: str) -> TaskRecord | None:
-    """The task of that decision."""
-    return _first(connection, _TASKS.where(tasks.c.decision_id == decision_id))
+    """The task that was made with that decision."""
+    return _first(connection, _TASKS.where(tasks.c.decision_id == decision_id, tasks.c.round == 0))
 
 
 def of_decisions(connection: Connection, decision_ids: Sequence[str]) -> dict[str, TaskRecord]:
-    """The tasks of these decisions, by decision."""
-    rows = connection.execute(_TASKS.where(tasks.c.decision_id.in_(decision_ids))).mappings()
+    """The tasks that were made with these decisions, by decision."""
+    query = _TASKS.where(tasks.c.decision_id.in_(decision_ids), tasks.c.round == 0)
+    rows = connection.execute(query).mappings()
     return {row["decision_id"]: task_record(row) for row in rows}
 
 
@@ -64,9 +72,13 @@ def _existing(connection: Connection, task_id: str) -> TaskRecord:
     return found
 
 
-def queue(connection: Connection, now: datetime, limit: int) -> list[TaskRecord]:
-    """Unresolved tasks, most urgent first; lapsed claims show as open."""
+def queue(
+    connection: Connection, now: datetime, limit: int, reviewer: str | None = None
+) -> list[TaskRecord]:
+    """Unresolved tasks, most urgent first; lapsed claims show as open. Of a reviewer's, those that the reviewer may take."""
     query = _TASKS.where(_UNRESOLVED).order_by(*_MOST_URGENT).limit(limit)
+    if reviewer is not None:
+        query = query.where(_unprejudiced(text(reviewer)))
     found = [task_record(row) for row in connection.execute(query).mappings()]
     return [_reopened(task) if _lapsed(task, now) else task for task in found]
 
@@ -100,7 +112,7 @@ def claim(
     claimed = connection.execute(change).rowcount
     task = _existing(connection, task_id)
     if not claimed:
-        raise _conflict(task, now, reviewer, "the task has changed; load it again")
+        raise _conflict(connection, task, now, reviewer, "the task has changed; load it again")
     return task
 
 
@@ -112,7 +124,7 @@ def release(connection: Connection, task_id: str, reviewer: str, now: datetime) 
     released = connection.execute(change).rowcount
     task = _existing(connection, task_id)
     if not released:
-        raise _conflict(task, now, reviewer, "you do not hold this task")
+        raise _conflict(connection, task, now, reviewer, "you do not hold this task")
     return task
 
 
@@ -134,7 +146,7 @@ def resolve(connection: Connection, resolution: Resolution) -> TaskRecord:
     if resolved is None:
         task = _existing(connection, resolution.task_id)
         changed = f"the task is at version {task.version}, not {resolution.version}; load it again"
-        raise _conflict(task, resolution.at, reviewer, changed)
+        raise _conflict(connection, task, resolution.at, reviewer, changed)
     connection.execute(
         insert(reviews).values(
             task_id=resolution.task_id,
@@ -146,7 +158,7 @@ def resolve(connection: Connection, resolution: Resolution) -> TaskRecord:
             correction=pack(resolution.correction),
         )
     )
-    source = LabelSource.AUDIT if resolved.kind == TaskKind.AUDIT else LabelSource.REVIEW
+    source = _SOURCE.get(TaskKind(resolved.kind), LabelSource.REVIEW)
     label = NewLabel(
         decision_id=resolved.decision_id,
         at=resolution.at,
@@ -222,19 +234,64 @@ def _worked_us(reviewer: str, at_us: int) -> ColumnElement[int | None]:
 
 
 def _free_for(reviewer: str, now: datetime) -> ColumnElement[bool]:
-    return or_(
+    unclaimed = or_(
         tasks.c.claimed_by.is_(None),
         tasks.c.claimed_by == reviewer,
         tasks.c.claimed_until <= micros(now),
     )
+    return unclaimed & _unprejudiced(reviewer)
 
 
-def _conflict(task: TaskRecord, now: datetime, reviewer: str, otherwise: str) -> Conflict:
+def _unprejudiced(reviewer: str) -> ColumnElement[bool]:
+    """Whether a task is not a second opinion on what the reviewer has judged before."""
+    # A count, because PostgreSQL would read all labels of the reviewer for an EXISTS.
+    judged = (
+        select(func.count())
+        .where(
+            given_labels.c.decision_id == tasks.c.decision_id, given_labels.c.labeller == reviewer
+        )
+        .scalar_subquery()
+    )
+    return (tasks.c.round == 0) | (judged == 0)
+
+
+def ask_again(connection: Connection, new_ids: Mapping[str, str], now: datetime) -> Asked:
+    """Open tasks for second opinions, with those ids by decision, where none is open and the content is there."""
+    opened = waiting = 0
+    # In one order, and each decision locked: two who ask at once do not ask twice.
+    for decision_id in sorted(new_ids):
+        lock = select(decisions.c.id).where(decisions.c.id == decision_id).with_for_update()
+        connection.execute(lock)
+        query = _TASKS.where(tasks.c.decision_id == decision_id)
+        before = [task_record(row) for row in connection.execute(query).mappings()]
+        if any(t.kind is TaskKind.SECOND_OPINION and t.resolved_at is None for t in before):
+            waiting += 1
+            continue
+        decision = with_ids(connection, [decision_id]).get(decision_id)
+        inclusion = labels.inclusion(connection, decision_id)
+        if decision is None or decision.response is None or inclusion is None:
+            continue
+        asked = sum(t.kind is TaskKind.SECOND_OPINION for t in before)
+        new = NewTask(new_ids[decision_id], TaskKind.SECOND_OPINION, inclusion, due_at=None)
+        row = task_row(new, decision, micros(now), asked + 1)
+        connection.execute(insert(tasks).values(row))
+        entry = audit_row("opinion.asked", new.id, micros(now), {"decision": decision_id})
+        log(connection, [entry], [(micros(now), "task.opened", new.id)])
+        opened += 1
+    return Asked(opened, waiting)
+
+
+def _conflict(
+    connection: Connection, task: TaskRecord, now: datetime, reviewer: str, otherwise: str
+) -> Conflict:
     """Why the reviewer's change was refused, with the task as it is."""
+    may_take = select(tasks.c.id).where(tasks.c.id == task.id, _unprejudiced(reviewer))
     if task.state is TaskState.RESOLVED:
         message = f"{task.reviewer} was first and decided: {task.verdict}"
     elif task.state is TaskState.EXPIRED:
         message = "the task expired before anybody decided"
+    elif connection.scalar(may_take) is None:
+        message = "you have judged this response before; a second opinion is somebody else's"
     elif task.claimed_by not in {None, reviewer} and not _lapsed(task, now):
         message = f"{task.claimed_by} holds this task until {_iso(task.claimed_until)}"
     else:

@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,53 @@ async def test_reviewers_add_opinions_and_correct_them(world: World) -> None:
         }
     assert (await world.opinion("bob", decision, acceptable=True)).json()["stored"] is True
     (label,) = await world.labels()
-    assert (label.acceptable, label.weight, label.labels) == (False, 0.5, 2)
+    assert (label.acceptable, label.weight, label.labels) == (False, 1.0, 2)
     assert (await world.opinion("shop", decision, acceptable=True)).status_code == 403
     assert (await world.opinion("ann", "hgd_none", acceptable=True)).status_code == 404
     assert (await world.opinion("ann", decision, acceptable="no")).status_code == 400
     shown = (await world.clients["root"].get("/admin/metrics")).json()
     assert shown["all"]["reviewer_agreement"] == 0.0
     assert shown["all"]["reviewer_pairs"] == 1
+
+
+async def test_a_second_opinion_is_blind_and_somebody_elses(world: World) -> None:
+    """What ann rejected comes into bob's queue, without her verdict and without reasons; ann cannot take it."""
+    decision, _ = await world.ask(task="held")
+    ann, bob = world.clients["ann"], world.clients["bob"]
+
+    async def queue(who: httpx.AsyncClient) -> list[Any]:
+        found: list[Any] = (await who.get("/review/queue")).json()["data"]
+        return found
+
+    (first,) = await queue(ann)
+    body = {"verdict": "reject", "reason": "tone"}
+    assert (await ann.post(f"/review/{first['id']}/submit", json=body)).is_success
+    store = await open_store(world.store_url)
+    assert (await store.ask_again({decision: "hgt_again"}, datetime.now(UTC))).opened == 1
+    await store.close()
+    assert await queue(ann) == []
+    (task,) = await queue(bob)
+    assert (task["id"], task["kind"], task["decision_id"]) == (
+        "hgt_again",
+        "second_opinion",
+        decision,
+    )
+    shown = (await bob.get("/review/hgt_again")).json()
+    assert shown["passages"][0]["text"] == "Fine, held."
+    assert (shown["confidence"], shown["decision"], shown["verdict"]) == (None, None, None)
+    assert "tone" not in str(shown)
+    refused = await ann.post("/review/hgt_again/claim")
+    assert refused.status_code == 409
+    assert "you have judged this response before" in refused.json()["error"]["message"]
+    assert (await bob.post("/review/hgt_again/claim")).is_success
+    done = await bob.post("/review/hgt_again/submit", json={"verdict": "approve"})
+    assert (done.status_code, done.json()["verdict"]) == (200, "approve")
+    (label,) = await world.labels()
+    assert (label.acceptable, label.settled, label.labels, label.weight) == (False, False, 2, 1.0)
+    # What the caller was told stays: the first decision stands.
+    gone = await world.clients["shop"].get(f"/v1/chat/completions/{decision}")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (403, "response_rejected")
+    assert (await bob.get(f"/decisions/{decision}")).json()["review"]["verdict"] == "reject"
 
 
 async def test_a_file_of_labels_is_imported_whole_or_not_at_all(

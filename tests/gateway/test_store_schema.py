@@ -126,6 +126,10 @@ QUERIES: dict[str, tuple[Callable[[Connection], object], str]] = {
     "task": (partial(tasks.by_id, task_id="hgt_1"), "tasks"),
     "task_of": (partial(tasks.of_decision, decision_id="hgd_1"), "tasks"),
     "queue": (partial(tasks.queue, now=NOW, limit=20), "ix_tasks_queue"),
+    "queue of a reviewer": (
+        partial(tasks.queue, now=NOW, limit=20, reviewer="ann"),
+        "ix_tasks_queue",
+    ),
     "expire_due": (partial(tasks.due, now=later(700), limit=20), "ix_tasks_due_at"),
     "erase_due": (partial(decisions.to_erase, now=later(2001), limit=20), "ix_decisions_erase_at"),
     "labels_after": (

@@ -11,12 +11,14 @@ import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from policies.calibration import (
     Beta,
     CalibrationError,
     Calibrator,
     Isotonic,
+    LogisticScore,
     Platt,
     artefact_schema,
     certificate_for,
@@ -362,3 +364,28 @@ def test_certificates_are_found_by_task_and_tier() -> None:
     assert calibrator.certified_for("other") == calibrator.certified_for(None) == (low,)
     assert certificate_for(calibrator.certificates, RiskTier.HIGH) is high
     assert certificate_for(calibrator.certificates, RiskTier.CRITICAL) is None
+
+
+def scaled(scale: dict[str, Any], of: str) -> LogisticScore:
+    said = {"kind": "logistic", "intercept": 0, "coefficients": {"n_tokens": 1}}
+    return LogisticScore.model_validate_json(json.dumps({**said, "scales": {of: scale}}))
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ({"x": [0, 1], "z": [0]}, "at least 2"),
+        ({"x": [0, 0], "z": [-1, 1]}, "increase strictly"),
+        ({"x": [0, 1], "z": [1, -1]}, "increase strictly"),
+        ({"x": [0, 1, 2], "z": [-1, 1]}, "3 values and z has 2"),
+        ({"x": [0, math.inf], "z": [-1, 1]}, "finite"),
+    ],
+)
+def test_a_scale_that_does_not_rise_is_refused(scale: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        scaled(scale, "n_tokens")
+
+
+def test_a_scale_without_a_coefficient_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"no coefficient, for min_logprob"):
+        scaled({"x": [0, 1], "z": [-1, 1]}, "min_logprob")

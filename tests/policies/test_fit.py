@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policies.calibration import CalibrationError, Calibrator, load_calibrator
+from policies.calibration import CalibrationError, Calibrator, LogisticScore, load_calibrator
 from policies.diagnostics import Diagnostics
 from policies.fitting import fit
 from policies.labelled import Labelled
+from policies.measures import auroc
 from policies.model import RiskTier
 
 WHEN = datetime(2026, 1, 2, tzinfo=UTC)
@@ -75,6 +76,23 @@ def test_two_signals_order_better_than_one() -> None:
         loss for name, loss in diagnostics.scorers.items() if "+" not in name
     )
     assert all(use.used and use.adds is not None and use.adds > 0 for use in diagnostics.signals)
+
+
+def test_round_numbers_that_a_judge_likes_do_not_drown_the_other_signal() -> None:
+    """A judge says 1 of most answers, and 0.9 or 0.8 of the others, which are wrong more often."""
+    rows = []
+    for row in answers(3000, accuracy=0.7):
+        liked = row.signals["judge.opinion"]
+        said = 1.0 if liked > 0.4 else 0.9 if liked > 0.3 else 0.8
+        rows.append(replace(row, signals={**row.signals, "judge.opinion": said}))
+    calibrator, _ = fitted(rows[:1000], mode="estimated")
+    assert set(calibrator.score.signals) == {"mean_logprob", "judge.opinion"}
+    assert isinstance(calibrator.score, LogisticScore)
+    assert calibrator.score.scales.keys() == {"mean_logprob", "judge.opinion"}
+    right = np.array([row.acceptable for row in rows[1000:]])
+    both = np.array([calibrator.confidence(row.signals) for row in rows[1000:]])
+    alone = np.array([row.signals["mean_logprob"] for row in rows[1000:]])
+    assert auroc(both, right) > auroc(alone, right) + 0.01
 
 
 def test_confidence_means_what_it_says() -> None:

@@ -24,6 +24,7 @@ from policies.maps import (
     fit_logistic,
     fit_platt,
     fit_venn_abers,
+    normal_scale,
 )
 from policies.measures import Bools, Column, Floats, Labels, auroc, brier, ece, quality
 from policies.signals import CLIP, log_odds
@@ -290,3 +291,29 @@ def test_nothing_that_answers_a_request_imports_what_fitting_needs(module: str) 
     code = f"import sys, {module}; print(sys.modules.keys() & {{'numpy', 'scipy', 'sklearn'}})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+@given(
+    arrays.arrays(
+        np.float64, st.integers(2, 200), elements=st.floats(-50, 50, allow_subnormal=False)
+    )
+)
+def test_normal_scores_rise_with_the_feature_and_end_where_the_labels_do(values: Floats) -> None:
+    scale = normal_scale(values)
+    if scale is None:
+        assert len(np.unique(values)) < 2
+        return
+    there = sorted({*values.tolist(), -60.0, 60.0})
+    found = [scale.apply(each) for each in there]
+    assert found == sorted(found)
+    assert (found[0], found[-1]) == (scale.z[0], scale.z[-1])
+    assert found == pytest.approx(np.interp(there, scale.x, scale.z))
+
+
+def test_the_normal_scores_of_a_normal_feature_are_its_own() -> None:
+    values = np.random.default_rng(1).normal(size=20_000)
+    scale = normal_scale(values)
+    assert scale is not None
+    assert [scale.apply(each) for each in (-1.5, 0.0, 1.5)] == pytest.approx(
+        [-1.5, 0, 1.5], abs=0.05
+    )
