@@ -19,7 +19,7 @@ __all__ = ["postgres", "redis_server"]
 
 
 #: Tests of what speaks to sockets itself run on the event loop that the gateway runs on.
-_ON_SOCKETS = ("test_connections", "test_upstream")
+_ON_SOCKETS = ("test_openai_edge", "test_servers", "test_upstream")
 
 
 def pytest_asyncio_loop_factories(

@@ -6,7 +6,6 @@ import asyncio
 import gzip
 import inspect
 import ssl
-import subprocess
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
