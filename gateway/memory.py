@@ -109,10 +109,11 @@ class Memory:
             monitor = self.series.setdefault(name, DriftMonitor())
             drift = monitor.add(row.values[name], series=len(self.signals or ()))
             if drift is not None:
-                message = (
-                    f"the distribution of {name} has changed: of the last {drift.window} decisions the median is "
-                    f"{drift.after:.3g}, it was {drift.before:.3g}"
-                )
+                medians = f"{drift.after:.3g}", f"{drift.before:.3g}"
+                said = f"the median is {medians[0]}, it was {medians[1]}"
+                if medians[0] == medians[1]:
+                    said = f"the median is {medians[0]} as before, the others are not"
+                message = f"the distribution of {name} has changed: of the last {drift.window} decisions {said}"
                 finding = Finding(f"drift.{name}", message, dict(drift._asdict()), suspends)
         return finding
 

@@ -180,7 +180,7 @@ def _ask_again(settings: Settings, suspects: Sequence[Suspect]) -> int:
     """Ask for second opinions on suspect labels, and say so; how many there is to wait for."""
     if not suspects:
         return 0
-    asked = asyncio.run(ask_again(settings.store.url, suspects))
+    asked = asyncio.run(ask_again(settings.store.url, [each.id for each in suspects]))
     lost = len(suspects) - asked.opened - asked.waiting
     out.print(
         f"Second opinions: {asked.opened} asked for in the review queue, {asked.waiting} were there already"

