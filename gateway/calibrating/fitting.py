@@ -33,6 +33,7 @@ from policies import (
     load_calibrator,
 )
 from policies.calibration import Certificate, certificate_for
+from policies.certification import contradicted
 from policies.columns import LEAST
 from policies.diagnostics import Diagnostics
 from policies.fitting import Mode, Per, examine
@@ -318,7 +319,7 @@ class Comparison:
                 f"that in force {self.loss_old:.4f}"
             )
         for each, (returned, errors) in self.kept.items():
-            if errors > each.alpha * returned:
+            if contradicted(each.alpha, returned, errors):
                 return (
                     f"its certificate ({group_of(each)}) does not hold: {errors} errors among the {returned} held-out "
                     f"labels that it would return, promised are {each.alpha:.3g}"

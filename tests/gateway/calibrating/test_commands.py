@@ -440,11 +440,11 @@ class TestPropose:
         given: dict[str, Any] = {"mode": "certified", "delta": 0.025, "threshold": 0.9, "n": 600}
         low = Certificate(alpha=0.1, tier=RiskTier.LOW, **given)
         high = Certificate(alpha=0.02, tier=RiskTier.HIGH, **given)
-        kept = {low: (300, 3), high: (100, 3)}
+        kept = {low: (300, 3), high: (100, 6)}
         why = Comparison(400, 0.5, 0.4, kept).refusal(calibrator)
         assert why is not None
-        assert "certificate (high) does not hold: 3 errors among the 100" in why
-        assert Comparison(400, 0.5, 0.4, kept | {high: (100, 2)}).refusal(calibrator) is None
+        assert "certificate (high) does not hold: 6 errors among the 100" in why
+        assert Comparison(400, 0.5, 0.4, kept | {high: (100, 3)}).refusal(calibrator) is None
 
     def test_one_that_would_return_less_waits_for_second_opinions(self, fitted: Desk) -> None:
         calibrator = artefact(fitted)
