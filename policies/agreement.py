@@ -72,6 +72,11 @@ def clopper_pearson(successes: int, n: int, level: float = LEVEL) -> Measure | N
     )
 
 
+def contradicted(share: float, n: int, errors: int, level: float = 0.05) -> bool:
+    """Whether so many errors among n have a chance of less than the level if their true share is this one (exact binomial)."""
+    return 1.0 - binomial_cdf(errors - 1, n, share) < level
+
+
 def binomial_cdf(k: int, n: int, p: float) -> float:
     """The probability of at most k successes in n >= 0 independent trials, each with probability p.
 

@@ -271,8 +271,8 @@ class Certificate(Part):
     """What was found for the responses of a tier, of a task or of all: see `policies.certification`.
 
     With `threshold` not None: among what is returned on its own at that confidence or above, the share
-    of errors is at most `alpha`, with probability 1 - `delta` over the labels if `certified`, as far as a
-    smooth curve can tell if `estimated`. `delta` is the share that fell to this certificate. `n` labels
+    of errors is at most `alpha`, with probability 1 - `delta` over the labels if `certified`; measured, not
+    proven, if `estimated`. `delta` is the share that fell to this certificate. `n` labels
     were used, of which `accepted` were at or above the threshold, `errors` of these not acceptable;
     `coverage` is the share of responses expected there, `bound` the upper limit of their errors.
 

@@ -31,7 +31,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, bdtrc, betaincinv, expit
+from scipy.special import bdtr, betaincinv, expit
 
 from policies.calibration import CalibrationError
 from policies.signals import CLIP
@@ -135,11 +135,6 @@ def certify(
         return Found(float(steps.thresholds[at]), n, accepted, errors, bound)
     best = _least_alpha(lambda a: _last_passed(steps, a, delta) is not None, alpha)
     return Found(None, n, best_alpha=best, more_labels=_more_labels(curve, scores, alpha, delta))
-
-
-def contradicted(alpha: float, n: int, errors: int) -> bool:
-    """Whether so many errors among n would be a chance of less than 5 % if the share of errors were alpha (exact binomial)."""
-    return errors > 0 and float(bdtrc(errors - 1, n, alpha)) < 0.05
 
 
 def estimate_threshold(

@@ -32,8 +32,8 @@ from policies import (
     RiskTier,
     load_calibrator,
 )
+from policies.agreement import contradicted
 from policies.calibration import Certificate, certificate_for
-from policies.certification import contradicted
 from policies.columns import LEAST
 from policies.diagnostics import Diagnostics
 from policies.fitting import Mode, Per, examine

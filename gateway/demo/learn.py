@@ -18,9 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from math import sqrt
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import aiohttp
@@ -32,6 +30,7 @@ from gateway.demo.orders import Order, orders
 from gateway.demo.processes import server
 from gateway.policy_files import load
 from policies import load_calibrator
+from policies.agreement import contradicted
 
 _ALPHA, _DELTA = 0.05, 0.05
 #: What is rarer than this among fresh orders, if the promise is true, breaks it.
@@ -266,14 +265,10 @@ class Demo:
         table.add_row("held for a person", f"{1 - promised.coverage:.1%}", shares[1])
         self._out.print(table)
         # A share of at most alpha gives a sample with more now and then.
-        expected = enforced.returned * promised.alpha
-        chance = 1 - NormalDist(expected, sqrt(expected * (1 - promised.alpha)) + 1e-9).cdf(
-            enforced.errors - 0.5
-        )
-        kept = chance >= _CHANCE
+        kept = not contradicted(promised.alpha, enforced.returned, enforced.errors, _CHANCE)
         if enforced.error_rate > promised.alpha:
             said = "as chance would have it" if kept else "the promise is broken"
-            self._say(f"More than {promised.alpha:.1%}: {said} (p = {chance:.2g}).")
+            self._say(f"More than {promised.alpha:.1%}: {said}.")
         return kept
 
     async def _drift(self, app: Application) -> bool:
