@@ -152,7 +152,7 @@ class Memory:
         self, label: Label, said: Said, policy: Policy, calibrator: Calibrator | None
     ) -> Iterator[Finding]:
         """Each judge's verdict beside the person's, those that it passed and those that it did not apart."""
-        share = min((label.inclusion_floor or 1.0) / (label.inclusion or 1.0), 1.0)
+        share = _share(label)
         alpha = ALPHA / (2 * max(len(policy.judges), 1))
         for judge in policy.judges:
             passed = said.judges.get(judge.id)
@@ -173,7 +173,9 @@ class Memory:
     def _audit(self, label: Label, target: float) -> Iterator[Finding]:
         """What an audit shows of errors and of calibration."""
         if label.intended is Action.RETURN:
-            before, self.switching = self.switching, self.switching.after(label.acceptable, target)
+            share = _share(label)
+            before = self.switching
+            self.switching = before.after(label.acceptable, target, share)
             if before.level != self.switching.level == AuditLevel.STOP:
                 message = "audits have failed five times while tightened: every response waits for a person"
                 yield Finding(
@@ -181,8 +183,7 @@ class Memory:
                 )
             if self.cusum.target != target:
                 self.cusum = ErrorCusum(target)
-            share = (label.inclusion_floor or 1.0) / (label.inclusion or 1.0)
-            self.cusum = self.cusum.after(label.acceptable, min(share, 1.0))
+            self.cusum = self.cusum.after(label.acceptable, share)
             if self.cusum.is_alarm:
                 message = f"audits find more errors among what is returned than the target of {target:.1%}"
                 yield Finding("errors", message, dict(asdict(self.cusum)))
@@ -237,6 +238,11 @@ class Memory:
         if "people" in values:
             memory.people = _agreement_of(values["people"])
         return memory
+
+
+def _share(label: Label) -> float:
+    """What makes up for drawing some responses more often than others, as `Audited.share`."""
+    return min((label.inclusion_floor or 1.0) / (label.inclusion or 1.0), 1.0)
 
 
 def _before(found: Disagreement) -> str:

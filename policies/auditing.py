@@ -47,6 +47,9 @@ _FAILURES_TO_STOP = 5
 _SCORE_TO_REDUCE = 30
 _SCORE_OF_A_GOOD_LOT = 3
 
+#: What sums of shares are off by at the most.
+_ROUNDING = 1e-6
+
 
 class AuditLevel(StrEnum):
     """How closely a policy is audited; at `stop` every response waits for a person until a person says otherwise."""
@@ -194,40 +197,43 @@ def allowed_errors(n: int, target: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Switching:
-    """The state of the switching rules: the level, and of the lot under way the audits and the errors.
+    """The state of the switching rules: the level, and of the lot under way the audits and the errors, by what each counts for.
 
     `lots` says of the last few lots at this level whether they passed. `failed` counts those that failed while tightened,
     `score` grows with every lot at the normal level that would have passed at half the target.
     """
 
     level: AuditLevel = AuditLevel.TIGHTENED
-    audits: int = 0
-    errors: int = 0
+    audits: float = 0.0
+    errors: float = 0.0
     lots: tuple[bool, ...] = ()
     failed: int = 0
     score: int = 0
 
-    def after(self, acceptable: bool, target: float) -> Switching:
+    def after(self, acceptable: bool, target: float, share: float = 1.0) -> Switching:
         """The state after one more audit; nothing but a person leads out of `stop`.
 
+        Responses that were drawn more often than others count for less: an audit for its `share` in (0, 1], the least
+        probability with which a response is audited over that of this one. So lots are held to errors among what is returned.
         A lot fails if it has more errors than `allowed_errors`. Normal to tightened: 2 of at most 5 lots in a row fail.
         Tightened to normal: 5 pass in a row. Normal to reduced: a score of 30, 3 for every lot that would pass at half the
         target, nothing left of it after one that would not. Reduced to normal: one fails. Tightened to stop: 5 have failed.
         """
-        audits, errors = self.audits + 1, self.errors + (not acceptable)
+        audits, errors = self.audits + share, self.errors + (0.0 if acceptable else share)
         if self.level is AuditLevel.STOP:
             return self
-        if audits < LOT:
+        if audits < LOT - _ROUNDING:
             return replace(self, audits=audits, errors=errors)
-        passed = errors <= allowed_errors(LOT, target)
+        whole_errors = int(errors + _ROUNDING)
+        passed = whole_errors <= allowed_errors(LOT, target)
         lots = (*self.lots, passed)[-_LOTS_LOOKED_BACK:]
         score = 0
-        if passed and errors <= allowed_errors(LOT, target / 2):
+        if passed and whole_errors <= allowed_errors(LOT, target / 2):
             score = self.score + _SCORE_OF_A_GOOD_LOT
         return replace(
             self,
-            audits=0,
-            errors=0,
+            audits=0.0,
+            errors=0.0,
             lots=lots,
             failed=self.failed + (not passed),
             score=score,

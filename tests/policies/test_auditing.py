@@ -82,6 +82,16 @@ def after_lots(state: Switching, *errors: int) -> Switching:
     return state
 
 
+def share_failed(wrong: np.ndarray, shares: np.ndarray, target: float) -> float:
+    state, lots = Switching(NORMAL), []
+    for bad, share in zip(wrong.tolist(), shares.tolist(), strict=True):
+        state = state.after(not bad, target, share)
+        if state.lots:
+            lots.append(state.lots[-1])
+            state = Switching(NORMAL)
+    return lots.count(False) / len(lots)
+
+
 class TestSwitching:
     def test_it_begins_tightened_and_relaxes_after_five_good_lots(self) -> None:
         assert after_lots(Switching(), 0, 0, 0, 0).level is TIGHTENED
@@ -108,6 +118,24 @@ class TestSwitching:
         assert stopped.level is STOP
         assert after_lots(stopped, *repeat(0, 50)).level is STOP
         assert stopped.tightened() is stopped
+
+    @pytest.mark.parametrize("target", [0.02, 0.05, 0.1])
+    def test_lots_are_of_what_is_returned_however_the_audits_are_spread(
+        self, target: float
+    ) -> None:
+        draw = np.random.default_rng(5)
+        confidence = 1 - target * draw.beta(0.5, 4, 40_000) * 9
+        spread = a_spread(confidence[:1000])
+        p = np.array([spread.probability(each, 0.3, 0.0, inf) for each in confidence.tolist()])
+        error = target / (1 - confidence).mean() * (1 - confidence)
+        spread_out, as_if_even = [], []
+        for _ in range(5):
+            audited = draw.random(40_000) < p
+            wrong = (draw.random(40_000) < error)[audited]
+            spread_out.append(share_failed(wrong, (p.min() / p)[audited], target))
+            as_if_even.append(share_failed(wrong, np.ones(len(wrong)), target))
+        assert np.mean(spread_out) < 0.05
+        assert np.mean(as_if_even) > 0.08, "more errors are found where more are looked for"
 
     def test_an_alarm_tightens_at_once_and_keeps_what_is_known_if_it_was(self) -> None:
         assert Switching(REDUCED).tightened() == Switching(TIGHTENED)
