@@ -12,7 +12,7 @@ import typer
 
 from gateway import economics
 from gateway.audits import artefact_of
-from gateway.calibrating.applying import newest_proposal
+from gateway.calibrating.applying import ChangeError, newest_proposal
 from gateway.errors import GatewayError, NotFound
 from gateway.labels import LabelError, Line, imported, read_lines
 from gateway.monitors import resumed
@@ -173,9 +173,7 @@ def _lines(
     yield f"stage: {_stage(policy, calibrator, labelled, wrong)}"
     yield f"labels: {labelled}, of which {wrong} not acceptable{_missing(labelled, wrong)}"
     yield f"calibrator: {_artefact(policy, calibrator, now)}"
-    if (proposal := newest_proposal(settings, policy.policy, calibrator)) is not None:
-        path, proposed = proposal
-        yield f"proposed: {_artefact(policy, proposed, now)}; `holdgate calibrate apply {path} --policy {policy.policy}`"
+    yield from _proposed(policy, calibrator, now, settings)
     if calibrator is not None:
         for each in calibrator.certificates:
             yield f"certificate: {_certificate(each)}"
@@ -191,6 +189,19 @@ def _lines(
     for alarm in found.alarms:
         if alarm.policy == policy.policy:
             yield f"ALARM {alarm.kind} since {alarm.at.isoformat(timespec='seconds')}: {alarm.message}"
+
+
+def _proposed(
+    policy: Policy, calibrator: Calibrator | None, now: datetime, settings: Settings
+) -> Iterator[str]:
+    try:
+        proposal = newest_proposal(settings, policy.policy, calibrator)
+    except ChangeError as error:
+        yield f"proposed: {error}"
+        return
+    if proposal is not None:
+        path, proposed = proposal
+        yield f"proposed: {_artefact(policy, proposed, now)}; `holdgate calibrate apply {path} --policy {policy.policy}`"
 
 
 def _stage(policy: Policy, calibrator: Calibrator | None, labelled: int, wrong: int) -> str:

@@ -91,6 +91,9 @@ class Store(Protocol):
     async def task_of(self, decision_id: str) -> TaskRecord | None:
         """The task that was made with a decision, if there was one; not those for second opinions."""
 
+    async def awaits_opinion(self, decision_id: str) -> bool:
+        """Whether a second opinion on a decision has been asked for and not yet been given."""
+
     async def tasks_of(self, decision_ids: Sequence[str]) -> Mapping[str, TaskRecord]:
         """The tasks that were made with those of these decisions that had one, by decision id."""
 

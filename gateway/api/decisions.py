@@ -20,14 +20,18 @@ router = APIRouter(prefix="/decisions", tags=["decisions"])
 
 @router.get("/{decision_id}", response_model=None)
 async def show(decision_id: str, services: ServicesOf, caller: AnyCaller) -> dict[str, JSON]:
-    """A decision and the state of its review. Reasons and evidence are for reviewers and admins; content is not here."""
+    """A decision and the state of its review. Reasons and evidence are for reviewers and admins; content is not here.
+
+    While a second opinion is awaited, reviewers see nothing that the first one or the gateway thought: it is to be theirs.
+    """
     decision = await services.store.decision(decision_id)
     is_client = caller.role is Role.CLIENT
     own = caller.key is not None and decision is not None and decision.key_id == caller.key.id
     if decision is None or (is_client and not own):
         raise NotFound(f"There is no decision {decision_id}.")
-    task = await services.store.task_of(decision_id)
-    reasons: JSON = blocking_reasons(decision)
+    is_blind = caller.role is Role.REVIEWER and await services.store.awaits_opinion(decision_id)
+    task = None if is_blind else await services.store.task_of(decision_id)
+    reasons: JSON = [] if is_blind else blocking_reasons(decision)
     shown: dict[str, JSON] = {
         "id": decision.id,
         "object": "decision",
@@ -38,14 +42,14 @@ async def show(decision_id: str, services: ServicesOf, caller: AnyCaller) -> dic
         "policy": decision.policy,
         "action": decision.action.value,
         "risk": decision.risk.value,
-        "confidence": decision.confidence,
+        "confidence": None if is_blind else decision.confidence,
         "status": decision.status,
         "latency_ms": decision.latency_ms,
         "overhead_ms": decision.overhead_ms,
         "reasons": reasons,
         "review": task_json(task) if task else None,
     }
-    return shown if is_client else {**shown, "detail": decision.detail}
+    return shown if is_client or is_blind else {**shown, "detail": decision.detail}
 
 
 class Opinion(BaseModel):

@@ -274,13 +274,21 @@ def proposals(settings: Settings, name: str) -> Path:
 def newest_proposal(
     settings: Settings, name: str, current: Calibrator | None
 ) -> tuple[Path, Calibrator] | None:
-    """The newest proposal for a policy that is newer than its calibrator in force; what cannot be read is none."""
+    """The newest proposal for a policy, if it is newer than its calibrator in force.
+
+    Raises
+    ------
+    ChangeError
+        If one of them cannot be read.
+    """
     found = []
     for path in proposals(settings, name).glob("*.json"):
-        with suppress(OSError, UnicodeDecodeError, CalibrationError):
+        try:
             each = load_calibrator(path.read_text("utf-8"), file=str(path))
-            if current is None or each.created_at > current.created_at:
-                found.append((each.created_at, path, each))
+        except (OSError, UnicodeDecodeError, CalibrationError) as error:
+            raise ChangeError(f"the proposal {path} cannot be read: {error}") from error
+        if current is None or each.created_at > current.created_at:
+            found.append((each.created_at, path, each))
     return max(found, key=lambda each: each[:2])[1:] if found else None
 
 

@@ -203,6 +203,10 @@ class SqlStore:
         """The task of a decision, if it has one."""
         return await self._engine.read(partial(tasks.of_decision, decision_id=decision_id))
 
+    async def awaits_opinion(self, decision_id: str) -> bool:
+        """Whether a second opinion on a decision has been asked for and not yet been given."""
+        return await self._engine.read(partial(tasks.awaits_opinion, decision_id=decision_id))
+
     async def tasks_of(self, decision_ids: Sequence[str]) -> Mapping[str, TaskRecord]:
         """The tasks of those of these decisions that have one, by decision id."""
         found: dict[str, TaskRecord] = {}

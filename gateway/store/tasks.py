@@ -53,6 +53,14 @@ def of_decision(connection: Connection, decision_id: str) -> TaskRecord | None:
     return _first(connection, _TASKS.where(tasks.c.decision_id == decision_id, tasks.c.round == 0))
 
 
+def awaits_opinion(connection: Connection, decision_id: str) -> bool:
+    """Whether a second opinion on that decision has been asked for and not yet been given."""
+    query = select(tasks.c.id).where(
+        tasks.c.decision_id == decision_id, tasks.c.round > 0, _UNRESOLVED
+    )
+    return connection.execute(query.limit(1)).first() is not None
+
+
 def of_decisions(connection: Connection, decision_ids: Sequence[str]) -> dict[str, TaskRecord]:
     """The tasks that were made with these decisions, by decision."""
     query = _TASKS.where(tasks.c.decision_id.in_(decision_ids), tasks.c.round == 0)

@@ -182,6 +182,10 @@ async def test_a_second_opinion_is_blind_and_somebody_elses(world: World) -> Non
     assert shown["passages"][0]["text"] == "Fine, held."
     assert (shown["confidence"], shown["decision"], shown["verdict"]) == (None, None, None)
     assert "tone" not in str(shown)
+    elsewhere = (await bob.get(f"/decisions/{decision}")).json()
+    assert (elsewhere["confidence"], elsewhere["review"], elsewhere["reasons"]) == (None, None, [])
+    assert "detail" not in elsewhere
+    assert "detail" in (await world.clients["root"].get(f"/decisions/{decision}")).json()
     refused = await ann.post("/review/hgt_again/claim")
     assert refused.status_code == 409
     assert "you have judged this response before" in refused.json()["error"]["message"]

@@ -98,6 +98,12 @@ def test_enough_new_labels_make_a_proposal_that_status_names_and_only_once(desk:
     again = desk.run("renew")
     assert (again.exit_code, again.output) == (0, "")
     assert proposals(desk, "json") == [path]
+    whole = path.read_text()
+    path.write_text(whole[:100])
+    assert f"the proposal {path} cannot be read" in status(desk).replace("\n", " ").replace(
+        "  ", " "
+    )
+    path.write_text(whole)
     assert desk.run("apply", str(path), "--policy", "orders", "--yes").exit_code == 0
     assert "proposed:" not in status(desk)
 
