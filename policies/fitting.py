@@ -5,7 +5,7 @@ tests; the rest, which neither has seen, certifies and calibrates. Estimated: al
 scored by weights that were fitted without its fold. Labels of less than full trust (`weight` < 1) help to
 order and to calibrate; thresholds rest on the others alone.
 
-The calibrator is the map of the lowest cross-validated log loss; `policies.scoring` chooses the score.
+`policies.maps` chooses the calibrator by cross-validated log loss, `policies.scoring` the score.
 
 Fitting needs numpy, scipy and scikit-learn (the extra `analysis`): nothing that answers a request imports it.
 
@@ -49,9 +49,9 @@ from policies.diagnostics import (
 from policies.labelled import Labelled
 from policies.maps import (
     MAPS,
+    compared,
     cross_fitted,
     isotonic_of,
-    losses,
 )
 from policies.measures import Bools, Floats, auroc, quality
 from policies.model import RiskTier
@@ -176,8 +176,8 @@ def _scored(table: Table, mode: Mode, remarks: list[str]) -> _Scored:
         score, scorers, uses = choose_score(table, remarks)
         scores = table.cross_scored(score)
         guide = (scores, table.labels)
-    tried = losses(scores, table.labels, table.weights)
-    fit_map = MAPS[min(tried, key=tried.__getitem__)]
+    kind, tried = compared(scores, table.labels, table.weights)
+    fit_map = MAPS[kind]
     return _Scored(
         table=table,
         n=n,

@@ -14,15 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from policies.calibration import Beta, CalibrationError, Isotonic, Platt, logistic
+from policies.calibration import CalibrationError, Isotonic, logistic
 from policies.maps import (
     Fit,
     best_fit,
+    compared,
     cross_fitted,
     fit_beta,
     fit_isotonic,
     fit_logistic,
     fit_platt,
+    fit_pooled,
     fit_venn_abers,
     normal_scale,
 )
@@ -30,7 +32,7 @@ from policies.measures import Bools, Column, Floats, Labels, auroc, brier, ece, 
 from policies.signals import CLIP, log_odds
 
 PROBABILITY = st.floats(min_value=0, max_value=1)
-FITS = [fit_platt, fit_beta, fit_isotonic, fit_venn_abers, best_fit]
+FITS = [fit_platt, fit_beta, fit_isotonic, fit_venn_abers, fit_pooled, best_fit]
 
 
 @st.composite
@@ -129,20 +131,23 @@ def test_isotonic_of_one_score_is_the_share_of_true_labels() -> None:
     assert {fitted.apply(score) for score in (0.0, 0.7, 1.0)} == {0.75}
 
 
-@pytest.mark.parametrize(
-    ("truth", "kind"),
-    [(overconfident, Platt), (lambda s: 1 - 0.5 * (1 - s) ** 0.4, Beta)],
-    ids=["sigmoid", "two ends"],
-)
-def test_the_best_fit_has_the_shape_of_the_labels(
-    truth: Callable[[Floats], Floats], kind: type[Platt | Beta]
-) -> None:
-    assert isinstance(best_fit(*drawn(4000, truth)), kind)
+def test_pooled_is_the_mean_of_its_two_maps_where_the_rough_one_bends() -> None:
+    data = drawn(500, overconfident)
+    smooth, rough, pooled = fit_beta(*data), fit_venn_abers(*data), fit_pooled(*data)
+    for x, y in zip(rough.x, rough.y, strict=True):
+        assert pooled.apply(x) == pytest.approx((smooth.apply(x) + y) / 2, abs=1e-9)
 
 
-def test_the_best_fit_of_steps_is_isotonic() -> None:
-    scores, labels = drawn(4000, lambda s: np.where(s < 0.5, 0.1, np.where(s < 0.6, 0.85, 0.9)))
-    assert isinstance(best_fit(scores, labels), Isotonic)
+def test_a_map_that_is_clearly_better_is_taken_and_else_the_pooled_one() -> None:
+    name, losses = compared(*drawn(4000, lambda s: np.where(s < 0.5, 0.05, 0.95)))
+    assert name in {"isotonic", "venn-abers"}
+    assert losses[name] < losses["pooled"] < losses["beta"]
+    wavy = [drawn(1000, lambda s: 0.8 * s + 0.1 * np.sin(9 * s) + 0.1, seed=i) for i in range(8)]
+    found = [compared(*each) for each in wavy]
+    assert [name for name, _ in found].count("pooled") >= 6
+    for name, losses in found:
+        assert losses[name] == min(losses.values()) or name == "pooled"
+        assert losses["pooled"] < max(losses["beta"], losses["venn-abers"])
 
 
 def test_cross_fitting_never_shows_a_row_its_own_label() -> None:
