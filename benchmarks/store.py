@@ -15,12 +15,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import orjson
 import uvloop
+from msgspec.structs import replace
 
 from gateway.recording import new_id
 from gateway.records import DecisionRecord

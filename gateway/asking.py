@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+import msgspec
 import orjson
+from msgspec.structs import replace
 
 from gateway import edits, wire
 from gateway.calls import Call, Headers
@@ -16,8 +18,7 @@ from policies import Action, Decision, Evidence, Policy, StreamMode
 from validators import Outcome
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(msgspec.Struct, frozen=True):
     """The body that goes to the provider; `injected` if it asks for logprobs that the client did not ask for."""
 
     body: bytes

@@ -8,11 +8,12 @@ import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from math import inf
 from typing import Generic, TypeVar
+
+import msgspec
 
 from gateway.errors import Forbidden, Unauthenticated
 from gateway.ports import Store
@@ -26,8 +27,7 @@ _CACHE_SIZE = 4096
 _LOOPBACK = re.compile(r"((localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?)?", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True):
     """Who is asking. `key` is None where no key is asked for; then everything is allowed and the name is `local`."""
 
     name: str

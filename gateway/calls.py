@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from math import inf
+
+import msgspec
 
 from gateway import wire
 from gateway.auth import Caller
@@ -53,8 +54,7 @@ def combined(headers: Headers) -> dict[str, str]:
     return values
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
+class Patience(msgspec.Struct, frozen=True):
     """How long this caller waits: `Prefer` (RFC 7240, sections 4.1 and 4.3) and the SDK's own timeout, in seconds."""
 
     wait_s: float | None = None
@@ -108,8 +108,7 @@ def _seconds(text: str) -> float | None:
     return value if 0 <= value < 1e6 else None
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """One request to a checked endpoint, parsed once. `headers` are the client's, names in lower case."""
 
     id: str
@@ -195,8 +194,7 @@ def make_call(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """A whole answer, or one whose body is still being made."""
 
     status: int
@@ -204,8 +202,7 @@ class Reply:
     body: bytes | AsyncIterator[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(msgspec.Struct, frozen=True):
     """The news that a response waits for a person, and how its client wants to hear the end of it.
 
     Small on purpose: thousands of these wait at once, so bodies stay in the store.

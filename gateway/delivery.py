@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from datetime import UTC
 from typing import Any
 
 import orjson
+from msgspec.structs import replace
 
 from gateway import sse, wire
 from gateway.calls import Headers, Held, Reply

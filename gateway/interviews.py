@@ -16,12 +16,13 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import nan
 from typing import Any
 
 import msgspec
 import orjson
+from msgspec.structs import replace
 
 from gateway.breaker import Breaker
 from gateway.errors import GatewayError, UpstreamError, UpstreamTimeout
@@ -81,8 +82,7 @@ class _Completion(msgspec.Struct):
     usage: Usage | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(msgspec.Struct, frozen=True):
     """On what terms a judge is asked: each question is paid from `purse`; there is time until `deadline_s`.
 
     The deadline is on the event loop's clock. `is_fair` says that it gives a working model time enough, so that missing it
@@ -94,8 +94,7 @@ class Terms:
     is_fair: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Interview:
+class Interview(msgspec.Struct, frozen=True):
     """A dialogue begun: `opening` is what the judge asks first, or its result if it asks nothing, or how it broke."""
 
     judge: Judge
@@ -112,7 +111,7 @@ class Interview:
         if not isinstance(self.opening, tuple):
             return None
         settings = self.judge.model_dump_json(exclude={"id", "on_fail", "on_error"})
-        asked = orjson.dumps(self.opening).replace(self.nonce.encode(), b"\0")
+        asked = msgspec.json.encode(self.opening).replace(self.nonce.encode(), b"\0")
         parts = (self.judge.digest.encode(), settings.encode(), asked)
         return hashlib.sha256(b"\0\0".join(parts)).hexdigest()
 

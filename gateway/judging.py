@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from gateway.asking import Answer
 from gateway.audits import Audits
@@ -33,13 +35,12 @@ from validators import CheckResult, Choice, Exchange
 _REVIEWED = frozenset({Action.FLAG, Action.HOLD})
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
+class Judgement(msgspec.Struct, frozen=True):
     """The decision on one answer, the evidence for it, and what it took."""
 
     decision: Decision
     evidence: Evidence
-    effort: Effort = field(default_factory=Effort)
+    effort: Effort = msgspec.field(default_factory=Effort)
 
 
 class Assessor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from math import isnan
+
+from msgspec.structs import replace
 
 from gateway.calls import Call
 from gateway.interviews import Interviewer, Terms, begin

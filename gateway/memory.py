@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, NamedTuple
 
 import orjson
+from msgspec.structs import asdict
 
 from gateway.records import Label, LabelSource, Observed, Said
 from policies import Action, AuditLevel, Calibrator, Policy
@@ -253,7 +254,8 @@ def _before(found: Disagreement) -> str:
 
 def _agreement(monitor: AgreementMonitor) -> dict[str, Any]:
     counts = [[share, *count] for share, count in monitor.counts.items()]
-    return {**asdict(monitor), "counts": counts}
+    values = {each.name: getattr(monitor, each.name) for each in fields(monitor)}
+    return {**values, "counts": counts, "cusum": monitor.cusum and asdict(monitor.cusum)}
 
 
 def _agreement_of(values: dict[str, Any]) -> AgreementMonitor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import orjson
 
 from gateway import logs, sse
@@ -36,8 +36,7 @@ _REHEARSAL = "Call +1 212 555 0100, or write to ann@example.com about 4111 1111 
 _MAX_FILE_BYTES = 4_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(msgspec.Struct, frozen=True):
     """What the folders held at one moment."""
 
     policies: PolicySet

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Protocol, Self
+
+import msgspec
 
 from gateway.errors import UpstreamError
 from gateway.records import (
@@ -250,8 +251,7 @@ class Store(Protocol):
         """Finish what is under way and let go of everything."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True):
     """Something happened to a thing: `kind` such as `task.settled` or `task.opened`, and the thing's id."""
 
     kind: str
@@ -277,8 +277,7 @@ class Bus(Protocol):
         """Let go of connections."""
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(msgspec.Struct, frozen=True):
     """One try at a provider: the model asked, its status or the error's `code`, and the time taken."""
 
     model: str | None
@@ -287,8 +286,7 @@ class Attempt:
     ms: float
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamCall:
+class UpstreamCall(msgspec.Struct, frozen=True):
     """A call to a provider.
 
     `path` is below the base URL and percent-encoded as the client wrote it (`/chat/completions`),
@@ -307,7 +305,7 @@ class UpstreamCall:
     query: str = ""
     model: str | None = None
     readable: bool = False
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: list[Attempt] = msgspec.field(default_factory=list)
     patience_s: float | None = None
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import chain
+
+import msgspec
+from msgspec.structs import replace
 
 from gateway.labels import by_decision, latest, reduced
 from gateway.ports import Store
@@ -29,8 +31,7 @@ TARGETS: dict[str, str] = {
 _BY_PEOPLE = (LabelSource.REVIEW, LabelSource.AUDIT, LabelSource.SECOND_OPINION)
 
 
-@dataclass(frozen=True, slots=True)
-class Quality:
+class Quality(msgspec.Struct, frozen=True):
     """The six metrics of one policy, or of all. A rate of nothing is None.
 
     `escalation_rate` and `auto_resolve_rate` are shares of the answered `decisions`: intended to be flagged or held, and to be
@@ -166,8 +167,8 @@ def shown(found: Mapping[str, Quality], since: datetime) -> dict[str, JSON]:
     """The metrics as `GET /admin/metrics` gives them."""
     return {
         "since": since.isoformat(),
-        "all": asdict(found[""]),
-        "policies": {name: asdict(each) for name, each in found.items() if name},
+        "all": msgspec.to_builtins(found[""]),
+        "policies": {name: msgspec.to_builtins(each) for name, each in found.items() if name},
         "targets": dict(TARGETS),
     }
 

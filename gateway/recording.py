@@ -6,12 +6,13 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
 
+import msgspec
 import orjson
+from msgspec.structs import replace
 
 from gateway import edits, logs, wire
 from gateway.asking import Answer
@@ -35,8 +36,7 @@ from validators import JSON, Choice, Exchange, Passage, Pii, Secrets
 _REVIEW_TIME = timedelta(hours=24)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """Everything that is to be recorded of one call.
 
     `answer` is None if the provider gave none. `body` is the response as one non-streamed body, as its client may see it.

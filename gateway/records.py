@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import date, datetime
 from enum import StrEnum
+
+import msgspec
 
 from policies.model import Action, RiskTier
 from validators import JSON
@@ -62,8 +63,7 @@ class Role(StrEnum):
     ADMIN = "admin"
 
 
-@dataclass(frozen=True, slots=True)
-class Spend:
+class Spend(msgspec.Struct, frozen=True):
     """What the judges of a stage cost, to be added to the stage's account of a day (UTC)."""
 
     day: date
@@ -72,8 +72,7 @@ class Spend:
     usd: float
 
 
-@dataclass(frozen=True, slots=True)
-class Effort:
+class Effort(msgspec.Struct, frozen=True):
     """What it took to judge an answer.
 
     `rules_ms` is the time spent in validators. `judge_ms` is the time spent waiting for judges, None if none was asked;
@@ -86,8 +85,7 @@ class Effort:
     spends: tuple[Spend, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class DecisionRecord:
+class DecisionRecord(msgspec.Struct, frozen=True):
     """One decision as it is stored.
 
     `request` and `response` are the original JSON bodies (a stream is stored as the equivalent non-stream body); either is
@@ -115,20 +113,19 @@ class DecisionRecord:
     streamed: bool = False
     latency_ms: float = 0.0
     overhead_ms: float = 0.0
-    detail: dict[str, JSON] = field(default_factory=dict)
+    detail: dict[str, JSON] = msgspec.field(default_factory=dict)
     request_digest: str = ""
     response_digest: str = ""
     request: bytes | None = None
     response: bytes | None = None
-    response_headers: dict[str, str] = field(default_factory=dict)
-    effort: Effort = field(default_factory=Effort)
+    response_headers: dict[str, str] = msgspec.field(default_factory=dict)
+    effort: Effort = msgspec.field(default_factory=Effort)
     intended: Action | None = None
     inclusion: float = 0.0
     inclusion_floor: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class NewTask:
+class NewTask(msgspec.Struct, frozen=True):
     """A review task to be stored together with its decision. `due_at` is the hold's deadline, None if it has none."""
 
     id: str
@@ -138,8 +135,7 @@ class NewTask:
     on_deadline: str = "reject"
 
 
-@dataclass(frozen=True, slots=True)
-class TaskRecord:
+class TaskRecord(msgspec.Struct, frozen=True):
     """A review task as it is stored. `version` grows by one with every change and is what compare-and-set compares.
 
     `verdict`, `reviewer`, `reason`, `comment`, `correction` are set by a resolution; an expired task has none of them.
@@ -170,8 +166,7 @@ class TaskRecord:
     worked_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(msgspec.Struct, frozen=True):
     """What one layer of the cascade did in a time: rules, judge or person.
 
     `usd` is what it cost, as far as that is known; `unknown` is how many of its `requests` cost nobody knows what. The
@@ -186,8 +181,7 @@ class Layer:
     latency_p95_ms: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Economics:
+class Economics(msgspec.Struct, frozen=True):
     """What the layers did since a time: `decisions` taken, and of the judges' cost the part that no decision carries.
 
     `person_minutes` is how long the people who resolved tasks had claimed them for. `abandoned_usd` counts whole days (UTC).
@@ -199,8 +193,7 @@ class Economics:
     abandoned_usd: float
 
 
-@dataclass(frozen=True, slots=True)
-class Resolution:
+class Resolution(msgspec.Struct, frozen=True):
     """A reviewer's decision on a task, to be applied only if the task is still at `version` and not terminal.
 
     A live claim by somebody else refuses it; no claim at all does not. `blind` says that the reviewer saw neither confidence nor
@@ -218,8 +211,7 @@ class Resolution:
     blind: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class NewLabel:
+class NewLabel(msgspec.Struct, frozen=True):
     """What somebody says of a response: whether it was acceptable as it was.
 
     `weight` in (0, 1] is the trust in it. `inclusion` in (0, 1] is the probability with which the response came to be judged;
@@ -239,8 +231,7 @@ class NewLabel:
     task_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Label(NewLabel):
+class Label(NewLabel, frozen=True):
     """A label as it is stored, with what its decision says; `seq` grows with every label.
 
     `inclusion_floor` in (0, `inclusion`] is known when `inclusion` is. `policy` is the name alone. `intended` is the action
@@ -255,8 +246,7 @@ class Label(NewLabel):
     confidence: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledDecision:
+class LabelledDecision(msgspec.Struct, frozen=True):
     """A decision that was judged, its labels reduced to one as `gateway.labels.reduced` does.
 
     `source`, `labeller`, `at` and `blind` are those of the label that counts most; `labels` is how many labellers there are.
@@ -277,24 +267,21 @@ class LabelledDecision:
     settled: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """How many second opinions were asked for now, and how many have been asked for before and not been given yet."""
 
     opened: int = 0
     waiting: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+class Said(msgspec.Struct, frozen=True):
     """What was said of a decision: its labels, oldest first, and by check id whether each judge passed it that came to a verdict."""
 
     labels: tuple[Label, ...]
     judges: Mapping[str, bool]
 
 
-@dataclass(frozen=True, slots=True)
-class Alarm:
+class Alarm(msgspec.Struct, frozen=True):
     """Something that a monitor found about a policy; open until somebody, or a new artefact, clears it.
 
     `kind` is the monitor's, such as `drift.confidence`; `evidence` its figures.
@@ -309,8 +296,7 @@ class Alarm:
     cleared_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
+class Tally(msgspec.Struct, frozen=True):
     """How many answered decisions of a policy (its name) came to an action, as enforce mode takes it."""
 
     policy: str
@@ -318,8 +304,7 @@ class Tally:
     decisions: int
 
 
-@dataclass(frozen=True, slots=True)
-class Observed:
+class Observed(msgspec.Struct, frozen=True):
     """The numbers of a decision that monitors look at, by their name: `confidence`, `score`, and the signals it has, those of judges too."""
 
     id: str
@@ -327,8 +312,7 @@ class Observed:
     values: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(msgspec.Struct, frozen=True):
     """Where a policy stands: how much it is audited, and whether its calibrator may be believed.
 
     `suspended` says why it may not be, None if it may; `artefact` is the one that is meant, so that another is not.
@@ -345,8 +329,7 @@ class Standing:
     memory: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(msgspec.Struct, frozen=True):
     """An event on its way to one webhook. `attempt` counts from 1; the id is the same at every attempt."""
 
     id: str
@@ -356,8 +339,7 @@ class Delivery:
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class ApiKey:
+class ApiKey(msgspec.Struct, frozen=True):
     """An API key; only the SHA-256 of the secret is kept."""
 
     id: str

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from statistics import median
+
+import msgspec
 
 from gateway import edits, logs, wire
 from gateway.errors import InvalidRequest, NotFound, ResponseRejected, StoreError
@@ -134,8 +135,7 @@ def _give_up(future: asyncio.Future[bool]) -> None:
         future.set_result(False)
 
 
-@dataclass(frozen=True, slots=True)
-class Released:
+class Released(msgspec.Struct, frozen=True):
     """A body that may go to the client; `notice` is set if nobody approved it (the deadline released it)."""
 
     body: bytes
@@ -180,8 +180,7 @@ def status_word(task: TaskRecord) -> str:
     return {"approve": "approved", "correct": "corrected", "reject": "rejected"}[task.verdict.value]
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
+class Submission(msgspec.Struct, frozen=True):
     """What a reviewer says of a task.
 
     `correction` is the new text of each passage by path, or of the only passage. `version` None means the version now stored.
@@ -195,8 +194,7 @@ class Submission:
     correction: Mapping[str, str] | str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Review:
+class Review(msgspec.Struct, frozen=True):
     """A task with everything a reviewer sees."""
 
     task: TaskRecord

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from gateway.auth import Authenticator
 from gateway.delivery import Delivery
@@ -14,8 +14,7 @@ from gateway.settings import Settings
 from gateway.telemetry import Metrics
 
 
-@dataclass(frozen=True, slots=True)
-class Services:
+class Services(msgspec.Struct, frozen=True):
     """Everything a request handler may use."""
 
     settings: Settings

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
@@ -28,8 +27,7 @@ _BOM = b"\xef\xbb\xbf"
 _MAX_INDEX = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True):
     """One event: its bytes as they came, blank line included, and its data (None for a comment or an empty event)."""
 
     raw: bytes

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
 import msgspec
-import orjson
+from msgspec.structs import replace
 
 from gateway.ports import Bus, Clock
 from policies import vetted
@@ -99,7 +98,7 @@ class Verdicts:
 
 
 def _packed(result: CheckResult) -> bytes:
-    return orjson.dumps(replace(result, cost_usd=0.0, latency_ms=0.0))
+    return msgspec.json.encode(replace(result, cost_usd=0.0, latency_ms=0.0))
 
 
 def _unpacked(packed: bytes) -> CheckResult | None:

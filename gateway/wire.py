@@ -10,11 +10,11 @@ OpenAI API document: `CreateChatCompletionResponse`, `CreateCompletionResponse`,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 import orjson
+from msgspec.structs import replace
 
 from policies.match import Facts
 from validators import JSON, Choice, Passage, TokenLogprob, ToolCall, TopLogprob
@@ -252,8 +252,7 @@ _TEXT = msgspec.json.Decoder(str)
 _TOKENS = msgspec.json.Decoder(list[TokenLogprob] | None)
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True):
     """What a response body says.
 
     `logprob_spans` are the byte ranges of the values of every `logprobs` key that says something, in order; cutting them out

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Self, TypeAlias
 
+import msgspec
 import orjson
 from pydantic import Field, JsonValue, PrivateAttr, model_validator
 
@@ -48,8 +48,7 @@ Verdicts: TypeAlias = Generator[
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Inquiry:
+class Inquiry(msgspec.Struct, frozen=True):
     """Questions about one document: the calls that put them (one, or as many as there are votes), and how they are read."""
 
     calls: tuple[ModelCall, ...]

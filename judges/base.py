@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import msgspec
@@ -38,8 +37,7 @@ class VerdictError(ValueError):
     """There is no verdict: a reply holds none or more than one, or there is nothing to ask. The message quotes no content."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelCall:
+class ModelCall(msgspec.Struct, frozen=True):
     """A question to a model.
 
     `messages` and `parameters` (such as `temperature`, `logprobs`, `response_format`) are those of an OpenAI chat
@@ -48,11 +46,10 @@ class ModelCall:
 
     model: str
     messages: Sequence[Mapping[str, JSON]]
-    parameters: Mapping[str, JSON] = field(default_factory=dict)
+    parameters: Mapping[str, JSON] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class ModelReply:
+class ModelReply(msgspec.Struct, frozen=True):
     """The model's answer: its text, why it ended, its tokens' logprobs if the provider sent them, what it cost."""
 
     text: str

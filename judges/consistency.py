@@ -11,10 +11,10 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Literal, NoReturn, Self
 
 import orjson
+from msgspec.structs import replace
 from pydantic import Field, model_validator
 
 from judges.asking import Asking, Model, together

@@ -6,10 +6,10 @@ tests (Jung et al. 2024, "Trust or Escalate", section 2).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import chain
 from typing import Annotated, Literal, Self
 
+from msgspec.structs import replace
 from pydantic import (
     BaseModel,
     ConfigDict,

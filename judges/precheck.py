@@ -15,9 +15,10 @@ import string
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import cache
 from operator import eq
+
+from msgspec.structs import replace
 
 from judges.lures import PARTS, rules
 from validators import MAX_FINDINGS, Choice, Finding, Passage, Target

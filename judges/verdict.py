@@ -11,9 +11,10 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import NoReturn
+
+import msgspec
 
 from judges.base import ModelReply, ReplyToken, VerdictError
 from validators import JSON
@@ -46,8 +47,7 @@ class Method(StrEnum):
     """The probability the judge states; for judges that give no logprobs and are too dear to ask several times."""
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(msgspec.Struct, frozen=True):
     """A closed question: the labels that may answer it, and how good each is, in [0, 1]."""
 
     id: str
@@ -60,8 +60,7 @@ class Question:
         return "yes" in self.worth
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True):
     """A reply that was read: for each question its score in [0, 1], 1 best; the reason in the judge's words."""
 
     scores: Mapping[str, float]

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache, lru_cache
 from math import sqrt
 from typing import NamedTuple
+
+import msgspec
+from msgspec.structs import replace
 
 from policies.agreement import binomial_cdf
 from policies.model import Action, Audit, Cell, Mode, Policy
@@ -195,8 +197,7 @@ def allowed_errors(n: int, target: float) -> int:
     return next(k for k in range(n + 1) if 1.0 - binomial_cdf(k, n, target) <= LOT_ALPHA)
 
 
-@dataclass(frozen=True, slots=True)
-class Switching:
+class Switching(msgspec.Struct, frozen=True):
     """The state of the switching rules: the level, and of the lot under way the audits and the errors, by what each counts for.
 
     `lots` says of the last few lots at this level whether they passed. `failed` counts those that failed while tightened,

@@ -14,8 +14,10 @@ Live traffic, replay and `policy test` all run this loop::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from hashlib import sha256
+
+import msgspec
+from msgspec.structs import replace
 
 from judges import Judge
 from policies.calibration import Calibrator
@@ -29,8 +31,7 @@ from policies.streaming import reachable_tiers
 from validators import Cause, CheckResult, Exchange, OnFail, Outcome, Validator
 
 
-@dataclass(frozen=True, slots=True)
-class RunStage:
+class RunStage(msgspec.Struct, frozen=True):
     """Run this stage; `evidence` is what it was, with the stages passed over on the way here."""
 
     stage: Stage
@@ -55,8 +56,7 @@ class RunStage:
         return self.evidence.after(self.stage.name, ordered)
 
 
-@dataclass(frozen=True, slots=True)
-class Settle:
+class Settle(msgspec.Struct, frozen=True):
     """Nothing is left to run; `evidence` has every stage, as run or as skipped."""
 
     evidence: Evidence

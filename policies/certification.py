@@ -25,10 +25,10 @@ Classification for Deep Neural Networks".
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import TypeAlias
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, betaincinv, expit
@@ -54,8 +54,7 @@ _DRAWN_CURVES, _DRAWN_LABELS = 32, 16
 _MOST_LABELS = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(msgspec.Struct, frozen=True):
     """What labels give for (alpha, delta).
 
     `threshold` is the least score that is returned on its own, None if there is none that can be

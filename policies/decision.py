@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import cast
 
-import orjson
+import msgspec
+from msgspec.structs import replace
 
 from policies.auditing import AuditLevel, Spread, audit_floor, audit_rate, stops
 from policies.calibration import certificate_for
@@ -36,8 +36,7 @@ class Zone(StrEnum):
     ESCALATE = "escalate"
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """What happens to the response, and why: the audit record.
 
     `action` is what is done to the client; `intended` what would have been done had the mode been
@@ -182,8 +181,8 @@ def to_json(decision: Decision, evidence: Evidence, *, content: bool = False) ->
             results={name: _without_rationale(each) for name, each in evidence.results.items()},
             fields=(),
         )
-    record = {"decision": decision, "evidence": evidence}
-    return cast("dict[str, JSON]", orjson.loads(orjson.dumps(record)))
+    encoded = msgspec.json.encode({"decision": decision, "evidence": evidence})
+    return cast("dict[str, JSON]", msgspec.json.decode(encoded))
 
 
 def _without_rationale(result: CheckResult) -> CheckResult:

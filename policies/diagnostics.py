@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,8 +30,7 @@ _MISTAKES = 20
 _SLICE_AT_LEAST = 30
 
 
-@dataclass(frozen=True, slots=True)
-class SignalUse:
+class SignalUse(msgspec.Struct, frozen=True):
     """A signal: its AUROC alone (below 0.5 it speaks against acceptance), whether it is used, and why not.
 
     `adds` is by how much the log loss of the score would rise without it, None where it is not one of
@@ -45,8 +44,7 @@ class SignalUse:
     adds: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Bin:
+class Bin(msgspec.Struct, frozen=True):
     """Responses of about equal confidence: its mean, and the share that is acceptable with its interval."""
 
     confidence: float
@@ -54,8 +52,7 @@ class Bin:
     n: int
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(msgspec.Struct, frozen=True):
     """Responses that have something in common; the errors are None if none is autonomous.
 
     `off` says that the mean confidence is outside the interval of the share that is acceptable.
@@ -71,8 +68,7 @@ class Slice:
     off: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Mistake:
+class Mistake(msgspec.Struct, frozen=True):
     """A response that was not acceptable, and the confidence it got."""
 
     id: str
@@ -80,8 +76,7 @@ class Mistake:
     task: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Quality:
+class Quality(msgspec.Struct, frozen=True):
     """Figures on labels that the map has not seen; `ece` in 15 bins of equal mass, debiased."""
 
     n: int
@@ -93,8 +88,7 @@ class Quality:
     aurc: float
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnostics:
+class Diagnostics(msgspec.Struct, frozen=True):
     """What was found while fitting.
 
     `remarks` are sentences about the data: what was left out and what to be careful of. `scorers` and

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
 
 from policies.calibration import Calibrator, Certificate
 from policies.model import Action, Policy
@@ -12,8 +14,7 @@ from policies.signals import JUDGE, FieldSignal, score
 from validators import CheckResult
 
 
-@dataclass(frozen=True, slots=True)
-class Reason:
+class Reason(msgspec.Struct, frozen=True):
     """What spoke, what it says, and the action it demands (None if it only explains).
 
     `source` is `check:<id>`, `stage:<name>`, `matrix`, `risk`, `confidence`, `audit`, `regenerate`,
@@ -25,8 +26,7 @@ class Reason:
     action: Action | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
+class Evidence(msgspec.Struct, frozen=True):
     """The check results so far, by check id in the order they ran, plus the logprob signals.
 
     `signals` maps signal name to value (empty when the response carries no usable logprobs;
@@ -36,8 +36,8 @@ class Evidence:
     likely, for whoever reviews it: nothing is decided by them.
     """
 
-    results: Mapping[str, CheckResult] = field(default_factory=dict)
-    signals: Mapping[str, float] = field(default_factory=dict)
+    results: Mapping[str, CheckResult] = msgspec.field(default_factory=dict)
+    signals: Mapping[str, float] = msgspec.field(default_factory=dict)
     signals_absent: str | None = None
     ran: tuple[str, ...] = ()
     skipped: tuple[Reason, ...] = ()
@@ -52,8 +52,7 @@ class Evidence:
 ConfidenceSource = Literal["logprob", "judge", "consistency", "none"]
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(msgspec.Struct, frozen=True):
     """How good a response probably is.
 
     `score` in [0, 1] is uncalibrated and only orders responses; None without signals. `confidence`

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+import msgspec
 from cel_expr_python import cel
 
 from validators import JSON, CheckResult, Choice, Exchange, Malformed, Outcome, Passage, ToolCall
@@ -57,8 +58,7 @@ class MissingValue(Exception):
     """An expression is neither true nor false of this exchange; says why, quoting nothing of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Variables:
+class Variables(msgspec.Struct, frozen=True):
     """What expressions are evaluated against.
 
     `results` maps check id to result; None means the response is not known yet. `risk` is the

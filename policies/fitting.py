@@ -17,12 +17,13 @@ Costs: Chow (1970), "On optimum recognition error and reject tradeoff".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from math import ceil, inf
 from typing import Any, Literal, TypeAlias
 
+import msgspec
 import numpy as np
+from msgspec.structs import asdict, replace
 
 from policies.calibration import (
     OTHERS,
@@ -72,8 +73,7 @@ Mode: TypeAlias = Literal["certified", "estimated"]
 Per: TypeAlias = Literal["all", "tier", "task"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Scored:
+class _Scored(msgspec.Struct, frozen=True):
     """Labels with scores that were not fitted to them, and the map from these to confidence.
 
     `guide` are other labels of the same scale (the same, where nothing is certified), `confidence` is

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
+
+import msgspec
 
 from policies.model import RiskTier
 
 
-@dataclass(frozen=True, slots=True)
-class Labelled:
+class Labelled(msgspec.Struct, frozen=True):
     """A response that was judged: what was recorded of it, and whether it was acceptable as it was.
 
     `id` is that of the decision, or what the file of labels says. `signals` are as recorded

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
+
+import msgspec
 
 from judges import Escalating, Judge
 from policies.calibration import Calibrator
@@ -16,8 +17,7 @@ from policies.streaming import obstacles, reachable_tiers
 from validators import OnFail
 
 
-@dataclass(frozen=True, slots=True)
-class Remark:
+class Remark(msgspec.Struct, frozen=True):
     """Something about the value at `path`; one that `refuses` keeps the policy from loading."""
 
     path: Path

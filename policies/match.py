@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from fnmatch import translate
+
+import msgspec
 
 from policies.model import Condition, Policy
 from policies.source import Problem
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(msgspec.Struct, frozen=True):
     """What is known of a request before the call. `tools` are the names of the tools it offers."""
 
     task: str | None = None
@@ -20,11 +20,10 @@ class Facts:
     endpoint: str = "chat"
     tools: frozenset[str] = frozenset()
     key: str | None = None
-    context: Mapping[str, str] = field(default_factory=dict)
+    context: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(msgspec.Struct, frozen=True):
     """The policy that applies, and in words the condition that held."""
 
     policy: Policy

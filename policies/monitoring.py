@@ -7,10 +7,13 @@ times at once, and what is tested again and again pays for it in its threshold.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from math import erfc, exp, log, log1p, sqrt
 from typing import NamedTuple
+
+import msgspec
+from msgspec.structs import replace
 
 from policies.agreement import clopper_pearson
 
@@ -33,8 +36,7 @@ class Audited(NamedTuple):
     errors: int
 
 
-@dataclass(frozen=True, slots=True)
-class Escape:
+class Escape(msgspec.Struct, frozen=True):
     """The share of errors: the estimate, and bounds that hold at all times together with the stated probability.
 
     `estimate` is None without reviews; then `low` is 0 and `high` is 1.
@@ -136,8 +138,7 @@ def _log_mean_exp(logs: Iterable[float]) -> float:
     return top + log(sum(exp(each - top) for each in values) / len(values))
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorCusum:
+class ErrorCusum(msgspec.Struct, frozen=True):
     """Whether errors have become more than a policy means to have, from the order in which reviews come.
 
     `evidence` is the log of the greatest wealth of all who began to bet at some review that the share of errors exceeds

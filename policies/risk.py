@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import msgspec
+from msgspec.structs import replace
 
 from policies.evidence import Reason
 from policies.expressions import MissingValue, Variables
 from policies.model import Policy, RiskTier, Stage
 
 
-@dataclass(frozen=True, slots=True)
-class RiskAssessment:
+class RiskAssessment(msgspec.Struct, frozen=True):
     """The tier, and every rule that raised it; `reasons` starts with the base."""
 
     tier: RiskTier

@@ -42,7 +42,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from heapq import nsmallest
 from itertools import accumulate, islice, pairwise
@@ -50,6 +49,7 @@ from math import exp, isnan, log, log1p, prod
 from operator import ge, mul, sub
 from typing import Annotated, Literal, TypeAlias, get_args
 
+import msgspec
 from pydantic import Field
 
 from policies.answer import answer_tokens, named_values
@@ -150,11 +150,10 @@ class Absence(StrEnum):
     """A value is NaN or above 0: not a log-probability."""
 
 
-@dataclass(frozen=True, slots=True)
-class Signals:
+class Signals(msgspec.Struct, frozen=True):
     """The signals by name, every one finite; empty exactly when `absent` says why."""
 
-    values: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, float] = msgspec.field(default_factory=dict)
     absent: Absence | None = None
 
 
@@ -201,8 +200,7 @@ def token_signals(tokens: Sequence[TokenLogprob] | None, answer: Sequence[int] =
     return Signals(_sequence(logprobs, ordered, answer) | _alternatives(tokens, answer))
 
 
-@dataclass(frozen=True, slots=True)
-class FieldSignal:
+class FieldSignal(msgspec.Struct, frozen=True):
     """How likely the tokens were that wrote one value of a JSON answer, by the model's own word.
 
     This is a signal and no confidence that the value is right. `path` names the value as a `Finding`

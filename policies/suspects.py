@@ -14,8 +14,8 @@ with a share s of slips a promise of alpha holds for the errors that labellers s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,8 +34,7 @@ MOST = 0.05
 _NAMED = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Suspect:
+class Suspect(msgspec.Struct, frozen=True):
     """A label that somebody else should look at, and the confidence that a map has in its response which was fitted without it."""
 
     id: str

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, ClassVar, Self, TypeAlias
 
@@ -90,16 +89,14 @@ class Passage:
         return self._views
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCall:
+class ToolCall(msgspec.Struct, frozen=True):
     """A function the model wants called; `arguments.text` is the raw JSON text it wrote."""
 
     name: str
     arguments: Passage
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """One candidate answer, the same shape for chat completions, completions and responses.
 
     `hosted` is what tools that the provider runs itself were asked and gave back: code and its output, searches.
@@ -134,8 +131,7 @@ class Choice:
                     yield from self.reasonings
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
+class Exchange(msgspec.Struct, frozen=True):
     """One request and the candidate response to it.
 
     `request` is the parsed request body exactly as the client sent it; `endpoint` is `chat`, `completions` or
@@ -147,7 +143,7 @@ class Exchange:
     choices: tuple[Choice, ...]
     model: str = ""
     task: str | None = None
-    context: Mapping[str, str] = field(default_factory=dict)
+    context: Mapping[str, str] = msgspec.field(default_factory=dict)
 
     def passages(self, targets: Sequence[Target]) -> Iterator[Passage]:
         """Every passage of every choice that one of `targets` names, in response order."""
@@ -205,8 +201,7 @@ class Cause(StrEnum):
     CANCELLED = "cancelled"
 
 
-@dataclass(frozen=True, slots=True)
-class Opinion:
+class Opinion(msgspec.Struct, frozen=True):
     """What stands behind a judge's score.
 
     `method` says how the score came about: `logprob`, `votes`, `verbalised` or `normal_form`. `models` are those asked, in
@@ -216,12 +211,11 @@ class Opinion:
 
     method: str
     models: tuple[str, ...]
-    parts: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = msgspec.field(default_factory=dict)
     rationale: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """One located problem.
 
     `path` names the passage (and, for JSON, the place inside it: `choices[0].message.content#/items/0/price`); `span` is
@@ -236,8 +230,7 @@ class Finding:
     replacement: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class CheckResult:
+class CheckResult(msgspec.Struct, frozen=True):
     """What one check said of one exchange.
 
     `score` is in [0, 1], 1 best, uncalibrated; None when the check could not tell. `error` is set exactly when `outcome`

@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import islice
 from typing import ClassVar, NamedTuple
 
+import msgspec
 import orjson
 import re2
 from pydantic import PrivateAttr
@@ -40,8 +41,7 @@ Accept = Callable[[str, int, int], "tuple[int, int] | None"]
 _MAX_CANDIDATES = 5_000
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(msgspec.Struct, frozen=True):
     """Something to look for.
 
     `accept(text, start, end)` takes a match of `pattern` and gives the span that counts, or None to refuse it; it looks at

@@ -12,12 +12,11 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import orjson
-from pydantic import TypeAdapter, ValidationError
 
 from gateway.policy_files import Loaded, load, reader
 from gateway.records import DecisionRecord
@@ -39,8 +38,6 @@ from policies import (
 from policies.signals import ALWAYS, JUDGE
 from policies.source import Source
 
-_EVIDENCE = TypeAdapter(Evidence)
-
 #: From the policy that is in force to the one that would be.
 Moves = Counter[tuple[Action, Action]]
 
@@ -49,8 +46,7 @@ class ChangeError(ValueError):
     """A change cannot be made; the message says why and how to mend it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
+class Version(msgspec.Struct, frozen=True):
     """A policy as it is written, and what it comes to; `calibrator` is None if it names none that is there."""
 
     text: str
@@ -58,8 +54,7 @@ class Version:
     calibrator: Calibrator | None
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(msgspec.Struct, frozen=True):
     """A policy file before and after, and the artefact to be put into the calibrators folder, None if it is there."""
 
     file: Path
@@ -206,8 +201,8 @@ def _evidence(record: DecisionRecord) -> Evidence | None:
     if not 200 <= record.status < 300:
         return None
     try:
-        return _EVIDENCE.validate_python(_known(record.detail.get("evidence")))
-    except ValidationError:
+        return msgspec.convert(_known(record.detail.get("evidence")), Evidence)
+    except msgspec.ValidationError:
         return None
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from pydantic import TypeAdapter, ValidationError
 
 from gateway.app import SystemClock
@@ -54,8 +55,7 @@ _FITTED_TO = 2 / 3
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """What is to be promised of the responses that are returned on their own; `alpha` as `policies.fitting.fit` takes it."""
 
     alpha: float | Mapping[str, float]
@@ -67,8 +67,7 @@ class Target:
     cost_review: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Labels:
+class Labels(msgspec.Struct, frozen=True):
     """The labels there were, signals of recent responses, and where they come from; `doubt` says why not to rely on them."""
 
     rows: list[Labelled]
@@ -281,8 +280,7 @@ def report(
 # ------------------------------------------------------------------------------------------------------- recalibration
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(msgspec.Struct, frozen=True):
     """Two calibrators on labels that neither has seen: mean log loss, and what the new one returns of them.
 
     `kept` has, by certificate, how many it would return and how many of them are errors; `returned_old` is how many the old

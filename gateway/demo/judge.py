@@ -9,8 +9,9 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from gateway.demo.scenarios import scenario_of
 from gateway.demo.script import Script, read_script, turns
@@ -21,8 +22,7 @@ _NONCE, _WHY = "nonce", "why"
 _GOOD = ("yes", "5")
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(msgspec.Struct, frozen=True):
     """A judge's question: the nonce to repeat, the values each key of the reply may have, how the model was told to reply."""
 
     nonce: str

@@ -7,11 +7,12 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+import msgspec
 import zstandard
+from msgspec.structs import replace
 
 from gateway.demo import dialect
 from gateway.demo.scenarios import OTHERWISE
@@ -19,8 +20,7 @@ from gateway.demo.script import Script
 from gateway.demo.speech import NOT_UTF8, Ask, Object
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
+class Payload(msgspec.Struct, frozen=True):
     """What goes over the wire.
 
     `pieces` are written one by one; if `cut`, the connection breaks off after them. `length` is the
@@ -34,8 +34,7 @@ class Payload:
     cut: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
+class Endpoint(msgspec.Struct, frozen=True):
     """A scripted endpoint: how it is answered, and how a client asks it for logprobs.
 
     `required` is the request field without which there is nothing to answer.

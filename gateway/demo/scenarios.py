@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from gateway.demo.script import Script, ScriptedCall, Turn, read_script, times_answered
 
@@ -29,8 +30,7 @@ REFUND_TOOL: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Scenario:
+class Scenario(msgspec.Struct, frozen=True):
     """A case of the demo: what to send, and what the upstream then says.
 
     Send `prompt` as the user message with `metadata` and the further request fields `request`. The
@@ -43,8 +43,8 @@ class Scenario:
     prompt: str
     keywords: tuple[str, ...]
     script: Script
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    request: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = msgspec.field(default_factory=dict)
+    request: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
 
 def _refund(order: str, amount: object, reason: str) -> ScriptedCall:

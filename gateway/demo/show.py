@@ -7,10 +7,10 @@ import shutil
 import signal
 import tempfile
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import msgspec
 import openai
 from rich.console import Console
 from rich.table import Table
@@ -34,8 +34,7 @@ _SHOWN = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(msgspec.Struct, frozen=True):
     """What became of one request."""
 
     scenario: Scenario

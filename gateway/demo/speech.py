@@ -8,8 +8,9 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
+
+import msgspec
 
 from gateway.demo.script import Script
 
@@ -113,8 +114,7 @@ class Step(NamedTuple):
     call: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """A tool call of a choice."""
 
     id: str
@@ -122,8 +122,7 @@ class Call:
     arguments: str
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+class Said(msgspec.Struct, frozen=True):
     """One choice, whatever the dialect.
 
     `steps` are its pieces in order; `logprobs` all their entries, None where there are none to
@@ -140,8 +139,7 @@ class Said:
     logprobs: list[Object] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True):
     """A request, the script that steers its answer, and what is different every time.
 
     `suffix` makes the ids; `created` is in seconds since the epoch.

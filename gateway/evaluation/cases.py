@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import orjson
+from msgspec.structs import replace
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from gateway import wire
@@ -24,8 +25,7 @@ class CaseError(ValueError):
     """A file of labels is wrong; the message says where and how to mend it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(msgspec.Struct, frozen=True):
     """An exchange to be judged. `acceptable` is what people say, None if nobody did; `digest` is of the exchange."""
 
     id: str
@@ -140,8 +140,7 @@ def _made(
     return Case(case_id, exchange, digest.hexdigest(), acceptable, group)
 
 
-@dataclass(frozen=True, slots=True)
-class Attack:
+class Attack(msgspec.Struct, frozen=True):
     """An answer that is wrong and tries to talk its judge round, and its honest twin: the same wrong answer without that."""
 
     category: str

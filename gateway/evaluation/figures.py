@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import quantiles
+
+import msgspec
 
 from gateway.evaluation.cases import Case
 from gateway.evaluation.running import Judged
@@ -26,8 +27,7 @@ from validators import Outcome
 Pair = tuple[Case, Judged]
 
 
-@dataclass(frozen=True, slots=True)
-class Calibration:
+class Calibration(msgspec.Struct, frozen=True):
     """How far scores are probabilities, as they are and calibrated on other labels than the ones they are measured on.
 
     Expected calibration errors and Brier scores of `n` labels; `calibrated` are the probabilities, in the order of the pairs.
@@ -42,8 +42,7 @@ class Calibration:
     calibrated: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
+class Figures(msgspec.Struct, frozen=True):
     """What is known of a judge after an evaluation.
 
     Errors are in no rate: they are counted by cause, and never are a pass. `unlabelled` cases were judged and have no label;

@@ -6,11 +6,11 @@ import asyncio
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -52,8 +52,7 @@ NEVER = 2.0
 _JUDGE: TypeAdapter[Judge] = TypeAdapter(AnyJudge)
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """How judges are asked, and where what comes of it is written; verdicts are kept beside `out`."""
 
     settings: Settings
@@ -68,8 +67,7 @@ class Run:
         return self.out.with_suffix(".verdicts.jsonl")
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """The share of a cascade's decisions that people must share, and how likely that may be broken."""
 
     agreement: float
@@ -452,8 +450,7 @@ _RATES: Mapping[str, Callable[[Figures], Measure | None]] = {
 _REQUIREMENT = re.compile(r"(\w+)(>=|<=)(-?[0-9.]+)")
 
 
-@dataclass(frozen=True, slots=True)
-class Requirement:
+class Requirement(msgspec.Struct, frozen=True):
     """That a rate is at least or at most so much."""
 
     name: str

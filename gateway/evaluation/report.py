@@ -7,10 +7,10 @@ script, and the browser may fetch nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from html import escape
 
+import msgspec
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from rich.table import Table
@@ -28,8 +28,7 @@ _BINS = 10
 SMALL = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """A figure, as it is written, and what it says."""
 
     name: str

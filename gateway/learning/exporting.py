@@ -16,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
 import orjson
 
 from gateway import wire
@@ -102,7 +103,7 @@ def labels(policies: Mapping[str, Policy]) -> Callable[[Sample], list[Line]]:
         found = labelled(sample.label, policy)
         if found is None:
             raise LeftOut("nobody knows how likely it was to be labelled")
-        return [orjson.loads(orjson.dumps(found))]
+        return [msgspec.to_builtins(found)]
 
     return line
 

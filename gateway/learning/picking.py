@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+import msgspec
 import orjson
 
 from gateway import wire
@@ -33,8 +33,7 @@ class Source(StrEnum):
     BUFFER = "buffer"
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True):
     """A response that may be picked. `text` is what was asked and answered, cut short; bodies are fetched again when picked."""
 
     decision_id: str

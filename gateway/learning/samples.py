@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+
+import msgspec
 
 from gateway.ports import Store
 from gateway.recording import masked
@@ -28,8 +29,7 @@ class Outcome(StrEnum):
     DISPUTED = "disputed"
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(msgspec.Struct, frozen=True):
     """A response that people judged. Bodies are None where the policy keeps none, and masked where it keeps them so."""
 
     label: LabelledDecision

@@ -6,9 +6,9 @@ Everything here is deterministic: the same texts in the same order give the same
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
@@ -66,8 +66,7 @@ def pick(texts: Sequence[str], weights: Sequence[float], count: int) -> list[int
     return picked
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(msgspec.Struct, frozen=True):
     """Texts that are alike: their places, the most typical first, and the words that tell them from the others."""
 
     members: tuple[int, ...]

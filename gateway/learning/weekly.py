@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, TypeAlias
+
+import msgspec
 
 from gateway.learning.picking import words_of
 from gateway.learning.samples import Outcome, Sample
@@ -25,8 +27,7 @@ Embed: TypeAlias = Callable[[Sequence[str]], Awaitable[Sequence[Sequence[float]]
 _MOSTLY = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Mistake:
+class Mistake(msgspec.Struct, frozen=True):
     """A response that people did not accept. `words` are what was asked and answered, None where the policy does not show it."""
 
     decision_id: str
@@ -51,8 +52,7 @@ class Mistake:
         return self.action in (Action.RETURN, Action.FLAG)
 
 
-@dataclass(frozen=True, slots=True)
-class Pattern:
+class Pattern(msgspec.Struct, frozen=True):
     """Mistakes of one category that are alike; `terms` tell what they are about, and are empty where content is not shown."""
 
     category: str
@@ -87,8 +87,7 @@ class Counts:
         return self.mistakes / self.judged if self.judged else None
 
 
-@dataclass(frozen=True, slots=True)
-class Weekly:
+class Weekly(msgspec.Struct, frozen=True):
     """The figures of a time, and of as long a time before it; the patterns, the greatest first.
 
     `embedded_by` names the model by whose embeddings texts were grouped; None: by their words.
@@ -98,8 +97,8 @@ class Weekly:
     until: datetime
     now: Counts
     before: Counts
-    policies: Mapping[str, Counts] = field(default_factory=dict)
-    categories: Mapping[str, Counts] = field(default_factory=dict)
+    policies: Mapping[str, Counts] = msgspec.field(default_factory=dict)
+    categories: Mapping[str, Counts] = msgspec.field(default_factory=dict)
     patterns: Sequence[Pattern] = ()
     not_grouped: int = 0
     embedded_by: str | None = None

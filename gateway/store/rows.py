@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
+import msgspec
 import orjson
 import zstandard
 from sqlalchemy import RowMapping
@@ -103,8 +103,7 @@ class Entry(NamedTuple):
     spends: tuple[Spend, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Erasure:
+class Erasure(msgspec.Struct, frozen=True):
     """When contents are erased, and what takes their place."""
 
     at: datetime

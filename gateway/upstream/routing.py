@@ -7,7 +7,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
@@ -15,6 +14,7 @@ from functools import partial
 
 import msgspec
 import orjson
+from msgspec.structs import replace
 from tenacity import (
     AsyncRetrying,
     RetryCallState,

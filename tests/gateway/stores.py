@@ -6,10 +6,10 @@ import asyncio
 import itertools
 import random
 import sys
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from msgspec.structs import replace
 from sqlalchemy import Connection, Table, select
 from sqlalchemy.engine import make_url
 

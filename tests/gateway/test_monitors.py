@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import orjson
 import pytest
+from msgspec.structs import replace
 
 from gateway.audits import Audits, artefact_of
 from gateway.errors import StoreError

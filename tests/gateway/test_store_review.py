@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from datetime import datetime
 
 import orjson
 import pytest
+from msgspec.structs import replace
 
 from gateway.errors import Conflict, NotFound
 from gateway.records import Resolution, TaskKind, TaskRecord, TaskState, Verdict

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any, ClassVar, Literal
 
+from pydantic import InstanceOf
+
 from judges import Dialogue, Judge, ModelCall
 from policies.model import Budget, Policy, Stage
 from validators import (
@@ -32,7 +34,7 @@ class Says(Validator):
     use: Literal["says"] = "says"
     outcome: Outcome = Outcome.PASS
     score: float | None = None
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[InstanceOf[Finding], ...] = ()
 
     def run(self, exchange: Exchange) -> CheckResult:
         return CheckResult(self.id, self.outcome, score=self.score, findings=self.findings)

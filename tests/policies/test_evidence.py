@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from policies.calibration import Calibrator, LogisticScore, Platt, SignalScore
 from policies.evidence import Estimate, Evidence, Reason, estimate

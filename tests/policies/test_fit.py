@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from math import exp, log
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from policies.calibration import CalibrationError, Calibrator, LogisticScore, load_calibrator
 from policies.diagnostics import Diagnostics

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import msgspec
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
@@ -52,8 +52,7 @@ def orders(kind: Literal["plain", "noisy"]) -> list[Order]:
     return [Order(**json.loads(line)) for line in lines]
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(msgspec.Struct, frozen=True):
     """A token of an answer: its text, its log-probability, and the likeliest tokens at its place, likeliest first."""
 
     text: str

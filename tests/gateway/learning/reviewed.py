@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 import orjson
+from msgspec.structs import replace
 
 from gateway.records import LabelSource, NewLabel, TaskKind, Verdict
 from gateway.store import SqlStore
