@@ -189,6 +189,7 @@ def measure(name: str, rows: Sequence[Labelled]) -> Measured:
                 judges=DIGESTS,
                 model="*",
             )
+            known = rest & np.array([fitted.lacks(row.signals) is None for row in rows])
             confidence = np.array([confident(fitted, row) for row in rows])
             for offer in diagnostics.offers:
                 if offer.alpha in ALPHAS:
@@ -196,12 +197,14 @@ def measure(name: str, rows: Sequence[Labelled]) -> Measured:
                     found.rule(mode, offer.alpha).add(
                         confidence >= threshold, right, rest, offer.alpha
                     )
-            found.auroc.setdefault(mode, []).append(auroc(confidence[rest], right[rest]))
-            found.ece.setdefault(mode, []).append(ece(confidence[rest], right[rest], debiased=True))
+            found.auroc.setdefault(mode, []).append(auroc(confidence[known], right[known]))
+            found.ece.setdefault(mode, []).append(
+                ece(confidence[known], right[known], debiased=True)
+            )
             found.remarks |= {each for each in diagnostics.remarks if "constant" in each}
-        found.aurc.append(aurc(confidence[rest], right[rest]))
+        found.aurc.append(aurc(confidence[known], right[known]))
         found.auroc.setdefault("single", []).append(best_single(rows, rest, right))
-        found.ece.setdefault("perfect", []).append(perfect(confidence[rest], split))
+        found.ece.setdefault("perfect", []).append(perfect(confidence[known], split))
         for alpha in ALPHAS:
             naive = obvious(confidence[~rest], right[~rest], alpha)
             found.rule("naive", alpha).add(confidence >= naive, right, rest, alpha)

@@ -76,13 +76,15 @@ class World:
         for _ in range(ticks):
             await self.tick()
 
-    async def audit(self, wrong: Any, confidence: float = 0.98, second: Any = ()) -> None:
+    async def audit(
+        self, wrong: Any, confidence: float = 0.98, second: Any = (), floor: float = 0.3
+    ) -> None:
         """Record audited decisions and resolve their tasks; somebody else judges the first of them as well."""
         audited = {
             "action": Action.RETURN,
             "intended": Action.RETURN,
             "inclusion": 0.3,
-            "inclusion_floor": 0.3,
+            "inclusion_floor": floor,
             "confidence": confidence,
         }
         ids = await self.review(wrong, a_task(kind=TaskKind.AUDIT, inclusion=0.3), **audited)
@@ -277,6 +279,13 @@ async def test_when_too_many_audits_fail_everything_waits_for_a_person(
     await rig.held(call, policy)
     record = await rig.record(call)
     assert "too many audits have failed" in str(record.detail["decision"])
+
+
+async def test_audits_that_were_drawn_twice_as_often_count_for_a_half(world: World) -> None:
+    await world.audit([False] * 260, floor=0.15)
+    assert world.audits.level("test") is AuditLevel.TIGHTENED
+    await world.audit([False] * 260, floor=0.15)
+    assert world.audits.level("test") is AuditLevel.NORMAL
 
 
 async def test_confidence_that_is_too_high_raises_an_alarm_of_its_own(world: World) -> None:
