@@ -24,8 +24,9 @@ _MAX_PASSAGES = 32
 #: So much of a final line is looked at, its end.
 _MAX_LINE_CHARS = 300
 
+_LEADS = ("answer", "choice", "option", "result")
 _LEAD = re.compile(
-    r".*\b(?:answer|choice|option|result)\b(?: is\b)?+[ :=*_`\"'(\[$]*+(?=[-+.\w])", re.IGNORECASE
+    rf".*\b(?:{'|'.join(_LEADS)})\b(?: is\b)?+[ :=*_`\"'(\[$]*+(?=[-+.\w])", re.IGNORECASE
 )
 _LETTER = re.compile(r"[*_`(\[]*+([A-Za-z])(?:[)\].:*_`]|$)")
 _LAST_NUMBER = re.compile(r".*(?<![\w.,])(\d(?:[\d,]*\d)?(?:\.\d+)?(?:[eE][-+]?\d{1,3})?)")
@@ -149,7 +150,9 @@ def final(text: str) -> Span:
     end = len(text.rstrip())
     line = text[max(text.rfind("\n", 0, end) + 1, end - _MAX_LINE_CHARS) : end]
     begin = end - len(line)
-    led = _LEAD.match(line)
+    folded = line.casefold()
+    # Most lines have none of them, and to find that out by the pattern takes ten times as long.
+    led = _LEAD.match(line) if any(each in folded for each in _LEADS) else None
     at = led.end() if led else len(line) - len(line.lstrip())
     if letter := _LETTER.match(line, at):
         return begin + letter.start(1), begin + letter.end(1)
