@@ -2,7 +2,8 @@
 
 First, by how much the standard error of the error escape is less when the same number of audits is spread over the
 confidences of a cell as Holdgate does it than when they are drawn uniformly. Second, an adaptive rate against a fixed one: audits needed, and how
-many requests it takes to notice that errors have become three times the target. Prints tables in Markdown.
+many requests it takes to notice that errors have become three times the target. Third, how often audits come to `stop`.
+Prints tables in Markdown.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from policies.monitoring import ErrorCusum
 
 RATE, ROWS, RUNS = 0.1, 6000, 4000
 TARGET, GOOD, BAD, BEFORE, AFTER = 0.02, 0.005, 0.06, 30_000, 30_000
+RUN_AUDITS, STOP_RUNS = 5_000, 300
 RATES = {AuditLevel.TIGHTENED: 0.30, AuditLevel.NORMAL: 0.15, AuditLevel.REDUCED: 0.05}
 
 
@@ -67,8 +69,16 @@ def detection(
     return audits / BEFORE, AFTER
 
 
+def stopped(target: float, errors: float, seed: int) -> bool:
+    """Whether RUN_AUDITS audits, of which so large a share are errors, come to `stop`."""
+    draw, state = np.random.default_rng(seed), Switching()
+    for wrong in (draw.random(RUN_AUDITS) < errors).tolist():
+        state = state.after(not wrong, target)
+    return state.level is AuditLevel.STOP
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     draw = np.random.default_rng(1)
     shapes = {
         "beta(8, 1)": draw.beta(8, 1, ROWS),
@@ -103,6 +113,11 @@ def main() -> None:
         found = [detection(rate_of, seed, alarm=alarm) for seed in range(20)]
         share = np.mean([each for each, _ in found])
         print(f"| {name} | {share:.3f} | {np.median([each for _, each in found]):.0f} |")
+    print(f"\n| target | errors ÷ target | stopped in {RUN_AUDITS} audits |\n|--:|--:|--:|")
+    for target in (0.02, 0.05, 0.1):
+        for times in (1.0, 1.5, 2.0):
+            found_at = [stopped(target, target * times, seed) for seed in range(STOP_RUNS)]
+            print(f"| {target:.0%} | {times:g} | {np.mean(found_at):.0%} |")
 
 
 if __name__ == "__main__":

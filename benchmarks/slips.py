@@ -91,7 +91,7 @@ def main() -> None:
         for kind, each in found.items():
             returned, broke, asked_of = np.array(each, dtype=float).mean(axis=0)
             row = f"| {name} | {n} | {alpha:.0%} | {kind} | {returned:.0%} | {broke:.0%} | "
-            print(row + (f"{1000 * asked_of / (0.75 * n):.0f} |" if asked_of else "|"))
+            print(row + (f"{1000 * asked_of / (n - n // 5):.0f} |" if asked_of else "|"))
 
 
 if __name__ == "__main__":

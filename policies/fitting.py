@@ -51,7 +51,6 @@ from policies.labelled import Labelled
 from policies.maps import (
     MAPS,
     compared,
-    cross_fitted,
     isotonic_of,
 )
 from policies.measures import Bools, Floats, auroc, quality
@@ -176,19 +175,18 @@ def _scored(table: Table, mode: Mode, remarks: list[str]) -> _Scored:
         score, scorers, uses = choose_score(table, remarks)
         scores = table.cross_scored(score)
         guide = (scores, table.labels)
-    kind, tried = compared(scores, table.labels, table.weights)
-    fit_map = MAPS[kind]
+    best = compared(scores, table.labels, table.weights)
     return _Scored(
         table=table,
         n=n,
         guide=guide,
         score=score,
         scores=scores,
-        map=_rising(fit_map(scores, table.labels, table.weights)),
-        confidence=cross_fitted(scores, table.labels, fit_map, weights=table.weights),
+        map=_rising(MAPS[best.name](scores, table.labels, table.weights)),
+        confidence=best.probabilities,
         uses=uses,
         scorers=scorers,
-        maps=tried,
+        maps=best.losses,
     )
 
 

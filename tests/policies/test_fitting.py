@@ -139,13 +139,13 @@ def test_pooled_is_the_mean_of_its_two_maps_where_the_rough_one_bends() -> None:
 
 
 def test_a_map_that_is_clearly_better_is_taken_and_else_the_pooled_one() -> None:
-    name, losses = compared(*drawn(4000, lambda s: np.where(s < 0.5, 0.05, 0.95)))
+    name, _, losses = compared(*drawn(4000, lambda s: np.where(s < 0.5, 0.05, 0.95)))
     assert name in {"isotonic", "venn-abers"}
     assert losses[name] < losses["pooled"] < losses["beta"]
     wavy = [drawn(1000, lambda s: 0.8 * s + 0.1 * np.sin(9 * s) + 0.1, seed=i) for i in range(8)]
     found = [compared(*each) for each in wavy]
-    assert [name for name, _ in found].count("pooled") >= 6
-    for name, losses in found:
+    assert [each.name for each in found].count("pooled") >= 6
+    for name, _, losses in found:
         assert losses[name] == min(losses.values()) or name == "pooled"
         assert losses["pooled"] < max(losses["beta"], losses["venn-abers"])
 
